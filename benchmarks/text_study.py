@@ -1,0 +1,142 @@
+"""Trains the same small language model with variants of an attention and prints held-out bits per byte, with the
+spread over seeds.
+
+    python benchmarks/text_study.py --out runs/study --steps 600 --context 4096 --seeds 0,1,2 \
+        near=blocks window=window fma=fma mean=fma:summary=mean cells=fma:rotate=cells
+
+A variant is LABEL=RECIPE[:OPTION=VALUE...]. Every finished run is kept in OUT as JSON and not repeated. Several of
+these commands may share OUT. ``--table`` only prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import statistics
+from pathlib import Path
+
+import torch
+
+from farfield.data.text import collect
+from farfield.models.language import LanguageConfig, LanguageModel
+from farfield.training.evaluate import evaluate
+from farfield.training.loop import TrainConfig, Trainer
+
+
+def parse_variant(text: str) -> tuple[str, str, dict[str, object]]:
+    """LABEL=RECIPE[:OPTION=VALUE...] -> (label, recipe, options)."""
+    label, _, rest = text.partition("=")
+    recipe, *pairs = rest.split(":")
+    options: dict[str, object] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return label, recipe, options
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", help="LABEL=RECIPE[:OPTION=VALUE...]")
+    parser.add_argument("--text", action="append", help="file, folder or glob, may be given again; default: the standard library's sources"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=TrainConfig.lr)
+    parser.add_argument("--seeds", default="0", help="such as 0,1,2")
+    parser.add_argument("--eval-tokens", type=int, default=262144)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        torch.set_num_threads(args.threads)
+        split = collect(args.text).split(args.context)
+        for seed in map(int, args.seeds.split(",")):
+            for variant in args.variants:
+                run(args, *parse_variant(variant), seed, split.train, split.valid)
+    table(args.out)
+
+
+def run(
+    args: argparse.Namespace,
+    label: str,
+    recipe: str,
+    options: dict[str, object],
+    seed: int,
+    train: object,
+    valid: object,
+) -> None:
+    """One training run, unless its result is there."""
+    path = args.out / f"{label}-seed{seed}.json"
+    if path.exists():
+        return
+    model = LanguageModel(LanguageConfig(recipe, options, context=args.context), seed=seed)
+    config = TrainConfig(
+        context=args.context, batch=args.batch, lr=args.lr, seed=seed, steps=args.steps, seconds=args.seconds
+    )
+    trainer = Trainer(model, train, config)  # type: ignore[arg-type]
+    trainer.run(
+        on_progress=lambda p: print(f"\r{label} seed {seed} step {p.step} {p.train_bits:.3f}", end="", flush=True)
+    )
+    result = evaluate(model, valid, args.context, max_tokens=args.eval_tokens)  # type: ignore[arg-type]
+    bias = [10 * b.attention.far.level_bias.detach().mean(1)[:8] for b in model.blocks if _has_bias(b)]
+    record = {
+        "label": label,
+        "recipe": recipe,
+        "options": options,
+        "seed": seed,
+        "steps": trainer.step,
+        "seconds": trainer.seconds,
+        "context": args.context,
+        "batch": args.batch,
+        "lr": args.lr,
+        "bits": result.bits,
+        "positions": result.positions,
+        "level_bias": [[round(v, 2) for v in row.tolist()] for row in bias],
+        "parameters": model.parameter_count(),
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+    }
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=1))
+    temporary.replace(path)
+    print(
+        f"\r{label} seed {seed}: {result.bits:.4f} bits per byte after {trainer.step} steps, {trainer.seconds:.0f} s",
+        flush=True,
+    )
+
+
+def _has_bias(block: torch.nn.Module) -> bool:
+    return getattr(getattr(block.attention, "far", None), "level_bias", None) is not None
+
+
+def table(out: Path) -> None:
+    """Prints mean, standard deviation and range over seeds for every label."""
+    runs: dict[str, list[dict[str, object]]] = {}
+    for path in sorted(out.glob("*-seed*.json")):
+        record = json.loads(path.read_text())
+        runs.setdefault(record["label"], []).append(record)
+    print("| variant | seeds | bits per byte | std | min | max | steps | ms per step | last octave |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for label, records in sorted(runs.items(), key=lambda item: statistics.mean(r["bits"] for r in item[1])):  # type: ignore[misc]
+        bits = [float(r["bits"]) for r in records]  # type: ignore[arg-type]
+        steps = statistics.mean(int(r["steps"]) for r in records)  # type: ignore[call-overload]
+        each = statistics.median(1000 * float(r["seconds"]) / int(r["steps"]) for r in records)  # type: ignore[arg-type, call-overload]
+        last = statistics.mean(r["positions"][-1][2] for r in records)  # type: ignore[index]
+        spread = statistics.stdev(bits) if len(bits) > 1 else float("nan")
+        print(
+            f"| {label} | {len(bits)} | {statistics.mean(bits):.4f} | {spread:.4f} | {min(bits):.4f} | {max(bits):.4f} "
+            f"| {steps:.0f} | {each:.0f} | {last:.4f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,586 @@
+"""The same byte-level language model, trained once per attention (and per seed), on the same text and the same budget.
+
+Every run begins from the same numbers and reads the same windows of text in the same order; only the attention differs.
+The budget is training time (evaluation, warm-up and saving do not count) or a number of steps. A run's file is written
+when the run is finished and never before, so a folder holds finished runs only, whatever happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from farfield import recipes
+from farfield.bench import cost as layer_cost
+from farfield.bench.memory import PeakMemory, is_out_of_memory
+from farfield.data.text import Corpus, Split
+from farfield.models.language import LanguageConfig, LanguageModel
+from farfield.training.evaluate import evaluate
+from farfield.training.files import write_json
+from farfield.training.loop import Progress, TrainConfig, Trainer
+
+RUN_FORMAT = "farfield-run/1"
+COST_FORMAT = "farfield-cost/1"
+RESULTS_FORMAT = "farfield-compare/1"
+LEAST_WINDOWS = 8
+"""Held-out windows that are read at least, where the text has them: fewer give no useful standard error."""
+MOST_WINDOWS = 256
+"""Held-out windows that are read at most: with a short context, more would take longer than training."""
+_CURVE_POINTS = 240
+_GZIP_BYTES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+        attentions: names of causal recipes, without repetition.
+        context: bytes that the model sees at once.
+        seconds: training time of each run; None when ``steps`` decides.
+        steps: steps of each run; None when ``seconds`` decides.
+        seeds: runs per attention, with seeds ``first_seed``, ``first_seed + 1``, ...
+        first_seed: the first seed.
+        dim, depth, heads: of the model.
+        options: of the recipes; each recipe gets those that it knows.
+        batch: sequences per step.
+        lr: peak learning rate; None takes the default of :class:`farfield.training.loop.TrainConfig`.
+        eval_tokens: held-out bytes to predict, in windows of ``context``; 8 windows at least, where
+            the text has them, and 256 at most.
+        device: where to train.
+        cost_seconds: time for measuring one layer by length; None leaves that out.
+    """
+
+    attentions: tuple[str, ...]
+    context: int = 4096
+    seconds: float | None = 60.0
+    steps: int | None = None
+    seeds: int = 1
+    first_seed: int = 0
+    dim: int = 128
+    depth: int = 4
+    heads: int = 4
+    options: Mapping[str, Any] = field(default_factory=lambda: {"block": 64, "rank": 8})
+    batch: int = 1
+    lr: float | None = None
+    eval_tokens: int = 98304
+    device: str = "cpu"
+    cost_seconds: float | None = 45.0
+
+    def validate(self) -> None:
+        """Builds every model once, so that whatever cannot work is refused before anything is written.
+
+        Raises:
+            ValueError: with what was given and what would be accepted.
+        """
+        if not self.attentions:
+            raise ValueError(f"no attention was named; known ones: {', '.join(recipes.names())}")
+        twice = sorted({name for name in self.attentions if self.attentions.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"attention {', '.join(twice)} is named twice; name each once and use --seeds to repeat runs"
+            )
+        for name in ("seeds", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in self.attentions:
+            recipes.get(name)
+        for option in self.options:
+            if not any(option in recipes.options(name) for name in self.attentions) and option not in ("block", "rank"):
+                known = {name: ", ".join(recipes.options(name)) or "none" for name in self.attentions}
+                listed = "; ".join(f"{name}: {options}" for name, options in known.items())
+                raise ValueError(f"no attention here has an option {option!r}; options are {listed}")
+        self.train_config(self.first_seed)
+        for name in self.attentions:
+            try:
+                LanguageModel(self.model_config(name))
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+
+    def recipe_options(self, attention: str) -> dict[str, Any]:
+        """The options that this recipe knows."""
+        known = recipes.options(attention)
+        return {name: value for name, value in self.options.items() if name in known}
+
+    def model_config(self, attention: str) -> LanguageConfig:
+        """The model of one attention."""
+        return LanguageConfig(
+            attention=attention,
+            options=self.recipe_options(attention),
+            dim=self.dim,
+            depth=self.depth,
+            num_heads=self.heads,
+            context=self.context,
+        )
+
+    def train_config(self, seed: int) -> TrainConfig:
+        """The training of one seed."""
+        config = TrainConfig(context=self.context, batch=self.batch, seed=seed, steps=self.steps, seconds=self.seconds)
+        return config if self.lr is None else dataclasses.replace(config, lr=self.lr)
+
+    @property
+    def plan(self) -> list[tuple[str, int]]:
+        """All runs, attentions alternating within a seed, so that a machine that slows down slows all of them."""
+        return [(name, self.first_seed + k) for k in range(self.seeds) for name in self.attentions]
+
+    @property
+    def budget_in_words(self) -> str:
+        """Such as ``60 s of training each`` or ``300 steps each``."""
+        if self.steps is not None:
+            return f"{self.steps:,} step{'s' * (self.steps != 1)} each"
+        return f"{self.seconds:g} s of training each"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run.
+
+    Attributes:
+        attention, seed: which one.
+        bits: held-out bits per byte.
+        windows: bits per byte of each held-out window, the same windows for every run.
+        positions: (first, last + 1, bits) by position in the context.
+        steps, tokens, seconds: of training.
+        peak_bytes: rise of memory in training, model and optimiser included; None where unmeasured.
+        parameters: of the model.
+        curve: (step, training seconds, bits per byte on the training text), means over equal numbers of steps.
+        key: the settings that decide the numbers; two runs may be compared when all but attention, options and seed
+            agree.
+    """
+
+    attention: str
+    seed: int
+    bits: float
+    windows: tuple[float, ...]
+    positions: tuple[tuple[int, int, float], ...]
+    steps: int
+    tokens: int
+    seconds: float
+    peak_bytes: int | None
+    parameters: int
+    curve: tuple[tuple[int, float, float], ...]
+    key: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RunResult:
+        """The inverse of ``dataclasses.asdict`` through JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: for anything else.
+        """
+        return cls(
+            attention=str(values["attention"]),
+            seed=int(values["seed"]),
+            bits=float(values["bits"]),
+            windows=tuple(float(w) for w in values["windows"]),
+            positions=tuple((int(a), int(b), float(c)) for a, b, c in values["positions"]),
+            steps=int(values["steps"]),
+            tokens=int(values["tokens"]),
+            seconds=float(values["seconds"]),
+            peak_bytes=None if values["peak_bytes"] is None else int(values["peak_bytes"]),
+            parameters=int(values["parameters"]),
+            curve=tuple((int(a), float(b), float(c)) for a, b, c in values["curve"]),
+            key=dict(values["key"]),
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that could not be finished, and why."""
+
+    attention: str
+    seed: int
+    reason: str
+
+
+@dataclass
+class Outcome:
+    """Everything that a comparison found.
+
+    Attributes:
+        settings: what was asked for.
+        text: about the text: source, files, bytes, fingerprint, and what simple coders need for the held-out part.
+        machine: cores, threads, versions.
+        runs: the finished runs, in the order of the plan.
+        failures: runs that diverged or ran out of memory.
+        cost: of one layer by length; None when left out.
+        interrupted: whether the user ended it early.
+        unfinished: the run that was under way then.
+        command: the command line that reproduces it.
+    """
+
+    settings: Settings
+    text: dict[str, Any]
+    machine: dict[str, Any]
+    runs: list[RunResult] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    cost: layer_cost.Cost | None = None
+    interrupted: bool = False
+    unfinished: tuple[str, int] | None = None
+    command: str = ""
+
+
+class Watcher:
+    """What a display may listen to; does nothing by itself."""
+
+    def on_begin(self, attention: str, seed: int, number: int, total: int) -> None:
+        """A run begins: the ``number``-th of ``total``."""
+
+    def on_step(self, progress: Progress, fraction: float) -> None:
+        """A step is done; ``fraction`` of the run's budget is spent."""
+
+    def on_window(self, done: int, total: int) -> None:
+        """A held-out window is read."""
+
+    def on_run(self, run: RunResult, reused: bool) -> None:
+        """A run is finished, or was found finished."""
+
+    def on_failure(self, failure: Failure) -> None:
+        """A run could not be finished."""
+
+    def on_cost(self, point: layer_cost.CostPoint) -> None:
+        """One attention's layer was measured at one length."""
+
+
+class _Stopped(Exception):
+    """The user asked to stop in the middle of a run."""
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Cores, threads, versions: what a time or a memory figure depends on."""
+    import farfield
+
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        cores = os.cpu_count() or 1
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = names[0] if names else processor
+    place = torch.device(device)
+    return {
+        "processor": processor,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "farfield": getattr(farfield, "__version__", "unknown"),
+    }
+
+
+def describe_text(corpus: Corpus, split: Split) -> dict[str, Any]:
+    """Where the text is from, and how many bits simple coders need for its held-out part."""
+    valid = split.valid[:_GZIP_BYTES]
+    counts = np.bincount(valid, minlength=256)
+    share = counts[counts > 0] / len(valid)
+    return {
+        "source": corpus.source,
+        "files": len(corpus.files),
+        "skipped": len(corpus.skipped),
+        "fingerprint": corpus.fingerprint,
+        "train_bytes": len(split.train),
+        "valid_bytes": len(split.valid),
+        "byte_frequencies_bits": float(-(share * np.log2(share)).sum()),
+        "gzip_bits": 8 * len(zlib.compress(valid.tobytes(), 9)) / len(valid),
+    }
+
+
+def run_key(
+    settings: Settings, attention: str, seed: int, fingerprint: str, machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings that decide a run's numbers, by their names on the command line."""
+    key: dict[str, Any] = {
+        "attention": attention,
+        "seed": seed,
+        "context": settings.context,
+        "budget": settings.seconds,
+        "steps": settings.steps,
+        "dim": settings.dim,
+        "depth": settings.depth,
+        "heads": settings.heads,
+        "options": settings.recipe_options(attention),
+        "batch": settings.batch,
+        "lr": settings.train_config(seed).lr,
+        "eval_tokens": settings.eval_tokens,
+        "device": settings.device,
+        "text": fingerprint[:16],
+    }
+    if settings.seconds is not None:  # equal time means something on one machine only
+        key |= {"processor": machine["processor"], "threads": machine["threads"]}
+    return key
+
+
+def run_file(folder: Path, attention: str, seed: int) -> Path:
+    """Where a run's numbers lie."""
+    return folder / "runs" / f"{attention}-seed{seed}.json"
+
+
+def check_folder(
+    folder: Path, settings: Settings, fingerprint: str, machine: Mapping[str, Any], resume: bool
+) -> dict[tuple[str, int], RunResult]:
+    """What ``folder`` holds already. Writes nothing.
+
+    Returns:
+        The finished runs that belong to the plan; empty without ``resume``.
+
+    Raises:
+        ValueError: when the folder is a file, holds runs with other settings, or damaged or foreign files under the
+            names that would be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give --out a new or an earlier folder of farfield compare")
+    results = folder / "results.json"
+    if results.exists() and _read_json(results).get("format") != RESULTS_FORMAT:
+        raise ValueError(f"{results} is not from farfield compare and would be overwritten; give another --out")
+    found: dict[tuple[str, int], RunResult] = {}
+    for path in sorted((folder / "runs").glob("*.json")):
+        values = _read_json(path)
+        try:
+            if values.get("format") != RUN_FORMAT:
+                raise ValueError("another format")
+            run = RunResult.from_json(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a finished run of farfield compare ({error}); delete it or give another --out"
+            ) from error
+        wanted = run_key(settings, run.attention, run.seed, fingerprint, machine)
+        ignored = set() if resume else {"processor", "threads"}
+        different = [
+            f"{name} {_show(run.key.get(name))} there, {_show(wanted.get(name))} now"
+            for name in dict.fromkeys([*wanted, *run.key])
+            if name not in ignored and run.key.get(name) != wanted.get(name)
+        ]
+        if different:
+            verb = "cannot resume" if resume else "will not overwrite"
+            raise ValueError(
+                f"{verb} {folder}: {path.name} has other settings ({'; '.join(different)}); give another --out"
+            )
+        found[run.attention, run.seed] = run
+    return {place: found[place] for place in settings.plan if place in found} if resume else {}
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); delete it or give another --out") from error
+    return values if isinstance(values, dict) else {}
+
+
+def compare(
+    settings: Settings,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    before_first_run: Callable[[], None] | None = None,
+) -> Outcome:
+    """Trains and measures everything in the plan.
+
+    Args:
+        settings: what to compare.
+        corpus: the text.
+        folder: gets ``runs/<attention>-seed<k>.json`` as each run finishes, and ``cost.json``.
+        resume: reuse the finished runs and costs in ``folder``.
+        watcher: told what happens.
+        should_stop: asked between steps, windows and lengths; true ends the comparison with what is finished.
+        before_first_run: called once everything is checked, before anything is trained or written.
+
+    Returns:
+        The outcome; a run under way when stopped is not in it.
+
+    Raises:
+        ValueError: for settings that cannot work, text that is too short, or a folder with other settings; nothing is
+            written then.
+        OSError: when a run cannot be saved.
+    """
+    watcher = watcher or Watcher()
+    stop = should_stop or (lambda: False)
+    settings.validate()
+    split = corpus.split(settings.context)
+    machine = describe_machine(settings.device)
+    finished = check_folder(folder, settings, corpus.fingerprint, machine, resume)
+    outcome = Outcome(settings, describe_text(corpus, split), machine)
+    if before_first_run is not None:
+        before_first_run()
+    warm: set[str] = set()
+    for number, (attention, seed) in enumerate(settings.plan, 1):
+        if (attention, seed) in finished:
+            outcome.runs.append(finished[attention, seed])
+            watcher.on_run(finished[attention, seed], True)
+            continue
+        if stop():
+            outcome.interrupted = True
+            break
+        watcher.on_begin(attention, seed, number, len(settings.plan))
+        key = run_key(settings, attention, seed, corpus.fingerprint, machine)
+        try:
+            if attention not in warm:
+                _warm_up(settings, attention, split.train)
+                warm.add(attention)
+            run = _one_run(settings, attention, seed, split, key, watcher, stop)
+        except _Stopped:
+            outcome.interrupted = True
+            outcome.unfinished = (attention, seed)
+            break
+        except (FloatingPointError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, FloatingPointError) and not is_out_of_memory(error):
+                raise
+            reason = str(error) if isinstance(error, FloatingPointError) else "ran out of memory"
+            outcome.failures.append(Failure(attention, seed, reason.splitlines()[0]))
+            watcher.on_failure(outcome.failures[-1])
+            continue
+        write_json(run_file(folder, attention, seed), {"format": RUN_FORMAT, **dataclasses.asdict(run)})
+        outcome.runs.append(run)
+        watcher.on_run(run, False)
+    if settings.cost_seconds is not None and not outcome.interrupted:
+        outcome.cost = _cost(settings, folder, machine, resume, watcher, stop)
+        outcome.interrupted = outcome.cost.interrupted
+    return outcome
+
+
+def _warm_up(settings: Settings, attention: str, train: npt.NDArray[np.uint8]) -> None:
+    """Two steps that count for nothing, so that thread pools, tables and memory pages are there for every attention."""
+    model = LanguageModel(settings.model_config(attention)).to(settings.device)
+    config = dataclasses.replace(settings.train_config(settings.first_seed), steps=2, seconds=None)
+    Trainer(model, train, config).run()
+
+
+def _one_run(
+    settings: Settings,
+    attention: str,
+    seed: int,
+    split: Split,
+    key: Mapping[str, Any],
+    watcher: Watcher,
+    stop: Callable[[], bool],
+) -> RunResult:
+    with PeakMemory(settings.device) as peak:
+        model = LanguageModel(settings.model_config(attention), seed=seed).to(settings.device)
+        trainer = Trainer(model, split.train, settings.train_config(seed))
+        history = trainer.run(on_progress=lambda p: watcher.on_step(p, trainer.fraction), should_stop=stop)
+        if not trainer.done:
+            raise _Stopped
+    windows, positions = evaluate_windows(model, split.valid, settings.context, settings.eval_tokens, watcher, stop)
+    return RunResult(
+        attention=attention,
+        seed=seed,
+        bits=float(np.mean(windows)),
+        windows=tuple(windows),
+        positions=tuple(positions),
+        steps=history[-1].step,
+        tokens=history[-1].tokens,
+        seconds=history[-1].seconds,
+        peak_bytes=peak.raised,
+        parameters=model.parameter_count(),
+        curve=tuple(thin(history)),
+        key=key,
+    )
+
+
+def evaluate_windows(
+    model: LanguageModel,
+    valid: npt.NDArray[np.uint8],
+    context: int,
+    max_tokens: int,
+    watcher: Watcher | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[list[float], list[tuple[int, int, float]]]:
+    """Bits per byte of each of some windows spread evenly over the held-out text, and by position over all of them.
+
+    The windows depend on the text, the context and ``max_tokens`` only, so that models can be compared window by
+    window.
+    """
+    possible = (len(valid) - 1) // context
+    count = max(1, min(max(max_tokens // context, LEAST_WINDOWS), MOST_WINDOWS, possible))
+    starts = np.linspace(0, len(valid) - context - 1, count).astype(np.int64)
+    results = []
+    for done, start in enumerate(starts, 1):
+        if stop is not None and stop():
+            raise _Stopped
+        results.append(evaluate(model, valid[start : start + context + 1], context))
+        if watcher is not None:
+            watcher.on_window(done, count)
+    ranges = [(low, high) for low, high, _ in results[0].positions]
+    by_position = np.mean([[bits for _, _, bits in result.positions] for result in results], axis=0)
+    positions = [(low, high, float(bits)) for (low, high), bits in zip(ranges, by_position, strict=True)]
+    return [result.bits for result in results], positions
+
+
+def thin(history: Sequence[Progress], points: int = _CURVE_POINTS) -> list[tuple[int, float, float]]:
+    """(step, seconds, mean bits) over at most ``points`` equal runs of steps."""
+    size = max(1, math.ceil(len(history) / points))
+    groups = [history[i : i + size] for i in range(0, len(history), size)]
+    return [(g[-1].step, g[-1].seconds, float(np.mean([p.train_bits for p in g]))) for g in groups]
+
+
+def _cost(
+    settings: Settings,
+    folder: Path,
+    machine: Mapping[str, Any],
+    resume: bool,
+    watcher: Watcher,
+    stop: Callable[[], bool],
+) -> layer_cost.Cost:
+    """Measures one layer of each attention, or takes an earlier measurement of the same layers on the same machine."""
+    assert settings.cost_seconds is not None
+    config = settings.model_config(settings.attentions[0])
+    key = {
+        "attentions": {name: settings.recipe_options(name) for name in settings.attentions},
+        "dim": settings.dim,
+        "heads": settings.heads,
+        "seconds": settings.cost_seconds,
+        "machine": {name: machine[name] for name in ("processor", "threads", "device", "torch")},
+    }
+    path = folder / "cost.json"
+    if resume and path.exists():
+        values = _read_json(path)
+        if values.get("format") == COST_FORMAT and values.get("key") == key:
+            cost = layer_cost.Cost.from_json(values["cost"])
+            for point in cost.points:
+                watcher.on_cost(point)
+            return cost
+
+    def builder(name: str) -> Callable[[], torch.nn.Module]:
+        return lambda: recipes.build(
+            name, settings.dim, settings.heads, causal=True, rope=config.rope, **settings.recipe_options(name)
+        )
+
+    cost = layer_cost.measure(
+        {name: builder(name) for name in settings.attentions},
+        dim=settings.dim,
+        heads=settings.heads,
+        budget=settings.cost_seconds,
+        device=settings.device,
+        on_point=watcher.on_cost,
+        should_stop=stop,
+    )
+    if not cost.interrupted:
+        write_json(path, {"format": COST_FORMAT, "key": key, "cost": dataclasses.asdict(cost)})
+    return cost

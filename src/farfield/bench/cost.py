@@ -1,0 +1,261 @@
+"""What one attention layer costs, by length: time forward, time forward and backward, peak memory.
+
+The attentions are measured in one run, length by length and turn by turn, so that a machine that slows down slows all
+of them. Lengths double from 1,024. An attention leaves the run when its next length would not fit in time or memory,
+and the reason is kept: a curve that ends says why it ends.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farfield.bench.memory import PeakMemory, available_bytes, is_out_of_memory
+
+FIRST_LENGTH = 1024
+_OVERSHOOT = 2.0
+"""A call may be predicted to take this many times the limit: that is about the last length shown, not a hard wall."""
+_MEMORY_SHARE = 0.7
+"""Part of the available memory that a projection may fill."""
+_LONG = 0.4
+"""Seconds from which a call is timed once only, after the warm-up."""
+_TURN = 1.4
+"""A turn is a forward and backward call and a forward call on top."""
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """One attention at one length. Times are medians in seconds; memory is the rise over the idle process in bytes."""
+
+    attention: str
+    length: int
+    forward: float
+    both: float
+    memory: int | None
+    repeats: int
+
+
+@dataclass
+class Cost:
+    """The result of :func:`measure`.
+
+    Attributes:
+        points: every measured length of every attention, in the order of measuring.
+        stopped: per attention, why no longer length was tried.
+        seconds: wall time of the whole stage.
+        dim, heads: width of the layer.
+        interrupted: True when the stage was cut short by the user.
+    """
+
+    dim: int
+    heads: int
+    points: list[CostPoint] = field(default_factory=list)
+    stopped: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    def of(self, attention: str) -> list[CostPoint]:
+        """The points of one attention by rising length."""
+        return sorted((p for p in self.points if p.attention == attention), key=lambda p: p.length)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Cost:
+        """The inverse of ``dataclasses.asdict`` through JSON."""
+        return cls(**{**values, "points": [CostPoint(**point) for point in values["points"]]})
+
+
+@dataclass
+class _Candidate:
+    """One attention still in the run, and what its last two lengths cost."""
+
+    name: str
+    layer: nn.Module
+    calls: list[float] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
+
+    def next_call(self) -> float:
+        return self._next(self.calls)
+
+    def next_memory(self) -> float:
+        return self._next(self.memory)
+
+    @staticmethod
+    def _next(values: list[float] | list[int]) -> float:
+        """The value at twice the length: the last growth goes on, within linear and quadratic; quadratic at first."""
+        if not values:
+            return 0.0
+        growth = values[-1] / max(values[-2], 1e-9) if len(values) > 1 else 4.0
+        return values[-1] * min(4.0, max(2.0, growth))
+
+
+def measure(
+    layers: Mapping[str, Callable[[], nn.Module]],
+    *,
+    dim: int,
+    heads: int,
+    budget: float = 45.0,
+    call_limit: float = 4.0,
+    memory_limit: int | None = None,
+    first: int = FIRST_LENGTH,
+    longest: int = 1 << 20,
+    repeats: int = 3,
+    device: torch.device | str = "cpu",
+    on_point: Callable[[CostPoint], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Cost:
+    """Measures one layer of every attention over doubling lengths.
+
+    Inputs are one sequence [1, N, dim] in float32; forward is timed without gradients, forward+backward with gradients
+    of the input and of all parameters. The first call of a length warms up and gives the memory; a warm-up longer than
+    0.4 s is followed by one timed repeat only.
+
+    Args:
+        layers: name -> function that builds a fresh layer, called as ``layer(x)``.
+        dim: width of the input.
+        heads: heads of the layer, kept for the report.
+        budget: seconds for the whole stage; a length that is predicted not to fit is not begun.
+        call_limit: seconds of a forward+backward call from which an attention goes no further.
+        memory_limit: bytes that a call may need; None takes 70 percent of what is available when the length begins.
+        first: the shortest length.
+        longest: no length above this one.
+        repeats: timed repeats per length.
+        device: where to measure.
+        on_point: called after every measured point.
+        should_stop: asked before every length; true ends the stage with what is measured, marked interrupted.
+
+    Returns:
+        The points, and why each attention stopped.
+
+    Complexity:
+        bounded by ``budget`` plus one predicted length.
+    """
+    device = torch.device(device)
+    cost = Cost(dim, heads)
+    began = time.perf_counter()
+    alive = [_Candidate(name, build().to(device)) for name, build in layers.items()]
+    length = first
+    while alive and length <= longest:
+        if should_stop is not None and should_stop():
+            cost.interrupted = True
+            break
+        left = budget - (time.perf_counter() - began)
+        for candidate in sorted(alive, key=_Candidate.next_call):  # the cheap ones first: they go furthest
+            call = candidate.next_call()
+            ahead = _TURN * call * (2 if call > _LONG else 1 + repeats)
+            reason = _refuse(candidate, length, call_limit, memory_limit, device)
+            if reason is None and ahead > left and candidate.calls:
+                reason = f"{length:,} would not fit in what was left of {budget:g} s for all measurements"
+            if reason is None:
+                left -= ahead
+            else:
+                cost.stopped[candidate.name] = reason
+                alive.remove(candidate)
+        for point in _one_length(alive, length, dim, repeats, device, cost.stopped):
+            cost.points.append(point)
+            if on_point is not None:
+                on_point(point)
+        alive = [c for c in alive if c.name not in cost.stopped]
+        length *= 2
+    for candidate in alive:
+        cost.stopped[candidate.name] = (
+            "interrupted" if cost.interrupted else f"no longer length than {longest:,} was asked for"
+        )
+    cost.seconds = time.perf_counter() - began
+    return cost
+
+
+def _refuse(
+    candidate: _Candidate,
+    length: int,
+    call_limit: float,
+    memory_limit: int | None,
+    device: torch.device,
+) -> str | None:
+    """Why ``candidate`` must not try ``length``, or None."""
+    if not candidate.calls:
+        return None
+    last, ahead = candidate.calls[-1], candidate.next_call()
+    if last > call_limit:
+        return f"forward and backward took {last:.1f} s at {length // 2:,}, over the limit of {call_limit:g} s"
+    if ahead > _OVERSHOOT * call_limit:
+        return f"forward and backward at {length:,} would take about {ahead:.0f} s, over the limit of {call_limit:g} s"
+    if candidate.memory:
+        free = available_bytes(device)
+        room = memory_limit if memory_limit is not None else None if free is None else int(_MEMORY_SHARE * free)
+        if room is not None and candidate.next_memory() > room:
+            need = candidate.next_memory() / 2**30
+            return f"{length:,} would need about {need:.1f} GiB of memory, over the {room / 2**30:.1f} that may be used"
+    return None
+
+
+def _one_length(
+    alive: list[_Candidate], length: int, dim: int, repeats: int, device: torch.device, stopped: dict[str, str]
+) -> list[CostPoint]:
+    """Warm-up with memory for each, then interleaved timed repeats."""
+    generator = torch.Generator().manual_seed(length)
+    x = torch.randn(1, length, dim, generator=generator).to(device)
+    grad = torch.randn(1, length, dim, generator=generator).to(device)
+    turns: dict[str, int] = {}
+    memory: dict[str, int | None] = {}
+    for candidate in alive:
+        try:
+            with PeakMemory(device) as peak:
+                warm = _both(candidate.layer, x, grad, device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            stopped[candidate.name] = f"{length:,} ran out of memory"
+            continue
+        memory[candidate.name] = peak.raised
+        turns[candidate.name] = 1 if warm > _LONG else repeats
+    forward: dict[str, list[float]] = {name: [] for name in turns}
+    both: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in range(repeats):
+        for candidate in alive:
+            if turn < turns.get(candidate.name, 0):
+                forward[candidate.name].append(_forward(candidate.layer, x, device))
+                both[candidate.name].append(_both(candidate.layer, x, grad, device))
+    points = []
+    for candidate in alive:
+        name = candidate.name
+        if name not in turns:
+            continue
+        f, b = statistics.median(forward[name]), statistics.median(both[name])
+        candidate.calls.append(b)
+        raised = memory[name]
+        if raised is not None:
+            candidate.memory.append(raised)
+        points.append(CostPoint(name, length, f, b, raised, len(both[name])))
+    return points
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _forward(layer: nn.Module, x: Tensor, device: torch.device) -> float:
+    layer.eval()
+    _wait(device)
+    began = time.perf_counter()
+    with torch.no_grad():
+        layer(x)
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _both(layer: nn.Module, x: Tensor, grad: Tensor, device: torch.device) -> float:
+    layer.train()
+    layer.zero_grad(set_to_none=True)
+    leaf = x.detach().requires_grad_(True)
+    _wait(device)
+    began = time.perf_counter()
+    layer(leaf).backward(grad)
+    _wait(device)
+    return time.perf_counter() - began

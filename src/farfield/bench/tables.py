@@ -1,0 +1,103 @@
+"""The tables of a comparison for the terminal, and numbers in words. Needs the extra ``cli`` (rich)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from farfield.bench.compare import Outcome
+from farfield.bench.cost import Cost
+from farfield.bench.plots import short
+from farfield.bench.verdict import Summary, summarise
+
+
+def bits_in_words(summary: Summary) -> str:
+    """Bits per byte, with the standard deviation over seeds where there are several."""
+    return f"{summary.bits:.3f}" if summary.deviation is None else f"{summary.bits:.3f} ± {summary.deviation:.3f}"
+
+
+def bytes_in_words(value: float | None) -> str:
+    """12 MiB, 3.4 GiB, or a dash."""
+    if value is None:
+        return "–"
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.0f} MiB"
+
+
+def seconds_in_words(value: float) -> str:
+    """12 ms, 1.3 s."""
+    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+SPREAD = "max − min"
+"""Heading of the column that says nothing with one seed."""
+COLUMNS = ("attention", "bits per byte", SPREAD, "steps", "bytes read", "tokens/s", "peak memory", "parameters")
+"""Headings of the main table."""
+
+
+def rows_of(summaries: Sequence[Summary]) -> list[list[str]]:
+    """The cells of the main table by :data:`COLUMNS`, best first. The column max - min is empty with one seed."""
+    return [
+        [
+            s.attention + (f" ({s.runs} seeds)" if s.runs > 1 else ""),
+            bits_in_words(s),
+            "–" if s.spread is None else f"{s.spread:.3f}",
+            f"{s.steps:,.0f}",
+            f"{s.tokens:,.0f}",
+            f"{s.tokens_per_second:,.0f}",
+            bytes_in_words(s.peak_bytes),
+            f"{s.parameters:,}",
+        ]
+        for s in sorted(summaries, key=lambda s: s.bits)
+    ]
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def result_table(outcome: Outcome) -> Table:
+    """The main table for a terminal of 80 columns."""
+    summaries = sorted(summarise(outcome.runs), key=lambda s: s.bits)
+    several = any(s.runs > 1 for s in summaries)
+    table = _table()
+    table.add_column("attention", no_wrap=True)
+    for name in ("bits/byte", *(["max−min"] if several else []), "steps", "tokens/s", "peak memory", "parameters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for n, (s, cells) in enumerate(zip(summaries, rows_of(summaries), strict=True)):
+        _, bits, spread, steps, _, speed, memory, parameters = cells
+        row = (s.attention, bits, *([spread] if several else []), steps, speed, memory, parameters)
+        table.add_row(*row, style="bold" if n == 0 and len(summaries) > 1 else None)
+    return table
+
+
+def position_table(outcome: Outcome) -> Table:
+    """Held-out bits by position in the context, for the terminal."""
+    summaries = sorted(summarise(outcome.runs), key=lambda s: s.bits)
+    table = _table()
+    table.add_column("attention", no_wrap=True)
+    for low, high, _ in summaries[0].positions:
+        table.add_column(f"{short(low)}–{short(high)}", justify="right", no_wrap=True)
+    for s in summaries:
+        table.add_row(s.attention, *(f"{bits:.2f}" for _, _, bits in s.positions))
+    return table
+
+
+def cost_table(cost: Cost) -> Table:
+    """Forward and backward time and memory of one layer by length, for the terminal."""
+    names = list(dict.fromkeys(p.attention for p in cost.points))
+    table = _table()
+    table.add_column("length", justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for length in sorted({p.length for p in cost.points}):
+        here = {p.attention: p for p in cost.points if p.length == length}
+        table.add_row(
+            f"{length:,}",
+            *(
+                f"{seconds_in_words(here[n].both)}  {bytes_in_words(here[n].memory)}" if n in here else "–"
+                for n in names
+            ),
+        )
+    return table

@@ -1,0 +1,75 @@
+"""Values on the command line: durations and options of recipes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+__all__ = ["duration", "duration_option", "in_words", "recipe_options"]
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smh]\s*)+")
+_PIECE = re.compile(r"(\d+(?:\.\d+)?)([smh])")
+
+
+def duration(text: str) -> float:
+    """Seconds from ``90``, ``60s``, ``2m``, ``1.5h`` or ``1h30m``.
+
+    Raises:
+        ValueError: If the text is none of these, or not positive.
+    """
+    cleaned = text.strip().lower()
+    seconds = math.nan
+    if re.fullmatch(r"\d+(?:\.\d+)?", cleaned):
+        seconds = float(cleaned)
+    elif _DURATION.fullmatch(cleaned):
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in _PIECE.findall(cleaned))
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{text!r} is not a duration; write it like 90, 60s, 2m, 1.5h or 1h30m")
+    return seconds
+
+
+def duration_option(text: str | float) -> float:
+    """`duration` as a parser for typer, which shows the message of this error only."""
+    if isinstance(text, float):
+        return text  # typer passes defaults through the parser as well
+    try:
+        return duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: ``45s``, ``2m05s``, ``1h02m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def recipe_options(settings: Sequence[str]) -> dict[str, Any]:
+    """Options from ``["block=32", "summary=mean"]``; values that read as JSON become it, others stay text.
+
+    Raises:
+        ValueError: If one is not of the form NAME=VALUE, or a name comes twice.
+    """
+    options: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"{setting!r} is not an option of a recipe; write NAME=VALUE, such as block=64")
+        if name in options:
+            raise ValueError(f"option {name!r} is given twice: {options[name]!r} and {value!r}")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options

@@ -1,0 +1,8 @@
+"""Far fields: through what a query sees the rest. One file each."""
+
+from farfield.far.landmarks import Landmarks
+from farfield.far.linear import Linear
+from farfield.far.projection import Projection
+from farfield.far.pyramid import Pyramid
+
+__all__ = ["Landmarks", "Linear", "Projection", "Pyramid"]

@@ -1,0 +1,136 @@
+"""Linear: attention without a softmax over tokens, through a state of sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
+
+__all__ = ["FEATURES", "Linear", "linear_attention"]
+
+
+def _elu(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"elu": _elu, "relu": F.relu, "softmax": _softmax}
+"""Feature maps phi, none of them negative: elu(x) + 1, max(x, 0), softmax over the channels of a token."""
+
+CHUNK = 64
+"""Tokens of a causal chunk: within it scores are written out, before it the state of sums stands for all."""
+
+
+@dataclass(frozen=True)
+class Linear(FarPart):
+    """Normalised linear attention: phi(q_i) S / (phi(q_i) z) with S = sum_j phi(k_j) v_j and z = sum_j phi(k_j).
+
+    The sums run over all tokens, causal over the past and the token itself. O(N) time and memory, also causal (by
+    chunks). Queries and keys are used as they are before any rotary embedding, which would make features negative.
+    Works in any dimension: positions do not enter. Causal-safe. A row without any mass gives 0.
+
+    Args:
+        feature: the map phi, "elu" (elu + 1, arXiv 2006.16236), "relu" or "softmax" (over channels).
+        floor: the denominator is at least this. L2ViT uses 100, which leaves rows with less mass smaller than a mean.
+            0 for plain normalisation.
+        temperature: multiply each head by a learned factor that starts at head_dim ** -0.5 (L2ViT's tau).
+
+    Source: Katharopoulos et al., arXiv 2006.16236; floor and temperature from L2ViT, arXiv 2501.16182.
+    """
+
+    feature: str = "elu"
+    floor: float = 0.0
+    temperature: bool = False
+
+    why_no_state = "its weights are not a softmax over tokens, so there is no log-sum-exp to weigh it by"
+
+    def __post_init__(self) -> None:
+        if self.feature not in FEATURES:
+            raise ValueError(f"Linear(feature={self.feature!r}): known feature maps are {', '.join(FEATURES)}")
+        if not self.floor >= 0:
+            raise ValueError(f"Linear(floor={self.floor!r}): the least denominator cannot be negative")
+
+    @property
+    def gives_state(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def cost(self) -> str:
+        """Multiplications per channel for n tokens."""
+        return "n·head_dim"
+
+    def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
+        """See :class:`farfield.parts.Part`."""
+        return _Linear(self, spec)
+
+
+class _Linear(nn.Module):
+    def __init__(self, part: Linear, spec: LayerSpec) -> None:
+        super().__init__()
+        self.part = part
+        start = torch.full((spec.num_heads,), 1 / math.sqrt(spec.head_dim))
+        self.tau = nn.Parameter(start) if part.temperature else None
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """The output `[B, Hq, N, D]`."""
+        if inputs.cu_seqlens is not None:
+            return by_segment(inputs, self.forward)
+        feature = FEATURES[self.part.feature]
+        wide = torch.promote_types(inputs.q.dtype, torch.float32)
+        # Sums over all tokens need the range of float32.
+        with torch.autocast(inputs.q.device.type, enabled=False):
+            q, k, v = feature(inputs.q.to(wide)), feature(inputs.k.to(wide)), inputs.v.to(wide)
+            if inputs.key_mask is not None:
+                k = k * inputs.key_mask[:, None, :, None]
+            out = linear_attention(q, k, v, causal=inputs.causal, floor=self.part.floor)
+            if self.tau is not None:
+                out = out * self.tau[:, None, None]
+        return out.to(inputs.v.dtype)
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, floor: float = 0.0) -> Tensor:
+    """Normalised linear attention of ready features.
+
+    Args:
+        query: `[B, Hq, N, D]`, features phi(q), not negative.
+        key: `[B, Hkv, N, D]`, features phi(k), not negative; 0 for a hidden token.
+        value: `[B, Hkv, N, Dv]`.
+        causal: sum over tokens j <= i only.
+        floor: least denominator; 0 for none, then a row without mass gives 0.
+
+    Returns:
+        `[B, Hq, N, Dv]`. O(N D Dv) time, O(N (D + Dv) + N D Dv / 64) memory.
+    """
+    kv_heads = key.shape[1]
+    q = query.unflatten(1, (kv_heads, query.shape[1] // kv_heads))
+    k = key
+    # A last channel of ones makes the denominator one more output.
+    v = torch.cat((value, torch.ones_like(value[..., :1])), -1)
+    joint = _causal(q, k, v) if causal else q @ (k.transpose(-1, -2) @ v).unsqueeze(2)
+    joint = joint.flatten(1, 2)
+    top, mass = joint[..., :-1], joint[..., -1:]
+    if floor > 0:
+        return top / mass.clamp(min=floor)
+    return top / torch.where(mass > 0, mass, torch.ones_like(mass))
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`[B, Hkv, r, N, Dv]`: the chunk's own scores, and the state of all chunks before it."""
+    tokens = q.shape[3]
+    spare = -tokens % CHUNK
+    q, k, v = (F.pad(x, (0, 0, 0, spare)).unflatten(-2, (-1, CHUNK)) for x in (q, k, v))
+    states = k.transpose(-1, -2) @ v
+    # Shifted, not subtracted: what a chunk adds may not touch its own state even by rounding.
+    before = F.pad(states.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
+    own = (q @ k.transpose(-1, -2).unsqueeze(2)).tril() @ v.unsqueeze(2)
+    return (own + q @ before.unsqueeze(2)).flatten(3, 4)[:, :, :, :tokens]

@@ -1,0 +1,261 @@
+"""Pyramid: the far field of Fast Multipole Attention, a hierarchy of summaries of everything outside the near field."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from farfield.geometry import Geometry, geometry, per_axis
+from farfield.merge import AttentionState
+from farfield.near.blocks import Blocks
+from farfield.ops.multipole import multipole_attention
+from farfield.ops.multipole.summarise import cell_centres, summarise
+from farfield.ops.multipole.summary import (
+    LearnedSummary,
+    LevelWeights,
+    PooledSummary,
+    SharedSummary,
+    Summary,
+    averaging,
+)
+from farfield.ops.multipole.summary import Pyramid as Summaries
+from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
+
+__all__ = ["Pyramid"]
+
+MAX_LEVELS = 32
+"""Rows of the learned bias: enough for 2**32 leaf blocks on an axis."""
+
+FAST = 10.0
+"""The level bias is stored divided by this, so that Adam, whose steps do not depend on scale, moves it ten times as far."""
+
+
+@dataclass(frozen=True)
+class Pyramid(FarPart):
+    """Far tokens through summaries of groups that double in side from level to level (Fast Multipole Attention, arXiv
+    2310.11960).
+
+    The exact complement of the near field :class:`farfield.near.Blocks`: every token is seen once, itself or in one
+    summary. With merge="softmax" both are computed by one operator. Causal-safe, since far groups are complete and
+    strictly past.
+
+    Args:
+        rank: summaries of a group per axis; divides the block.
+        summary: "shared" (one small set of weights for all levels, any length), "pooled" (softmax over the cell),
+            "mean" (no parameters) or "learned" (the paper's: weights per level, linear in the length, which they fix).
+        levels: coarse levels; None for the published number.
+        count_bias: a summary of ``count`` tokens weighs as many tokens.
+        query_rank: pool queries too (linear cost); not causal.
+        sinks: leading tokens that are always seen exactly.
+        bias: where the learned bias per level and head starts. Far below 0, so that the far field starts quiet and
+            has to earn its weight; it can move fast. None: no bias.
+        rope: with a rotary embedding, "tokens" rotates keys before they are summarised, "cells" rotates each summary
+            by the position of its cell's centre.
+        grid: the grid that summary="learned" is made for; None otherwise.
+    """
+
+    takes_dropout = True
+
+    rank: int | tuple[int, ...] = 8
+    summary: str = "shared"
+    levels: int | None = None
+    count_bias: bool = True
+    query_rank: int | tuple[int, ...] | None = None
+    sinks: int = 0
+    bias: float | None = -8.0
+    rope: str = "tokens"
+    grid: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("shared", "pooled", "mean", "learned")
+        if self.summary not in kinds:
+            raise ValueError(f"Pyramid(summary={self.summary!r}): one of {', '.join(kinds)} would be accepted")
+        if self.rope not in ("tokens", "cells"):
+            raise ValueError(f"Pyramid(rope={self.rope!r}): 'tokens' or 'cells' would be accepted")
+        if (self.grid is not None) != (self.summary == "learned"):
+            raise ValueError(
+                f"Pyramid(summary={self.summary!r}, grid={self.grid!r}): learned summaries need the grid they are made for, "
+                "the others work on any"
+            )
+        if self.sinks < 0:
+            raise ValueError(f"Pyramid(sinks={self.sinks}): a number of leading tokens >= 0 would be accepted")
+
+    @property
+    def causal_safe(self) -> bool:
+        """Whether no output depends on a later token when built causal."""
+        return self.query_rank is None
+
+    why_not_causal = "query_rank pools queries, which mixes later tokens in"
+
+    @property
+    def cost(self) -> str:
+        """Score computations for n tokens."""
+        return "n·rank·log(n/block)" if self.query_rank is None else "n·rank²/block"
+
+    def fuses(self, near: Part | None, merge: str) -> bool:
+        """One operator computes blocks, summaries and their joint softmax."""
+        return isinstance(near, Blocks) and merge == "softmax"
+
+    def check(self, spec: LayerSpec, near: Part | None = None) -> None:
+        """See :class:`farfield.parts.Part`."""
+        if not isinstance(near, Blocks):
+            raise ValueError(
+                f"far={self!r} with near={near!r}: its interaction lists are the complement of leaf blocks, anything else would "
+                "see tokens twice or never; use near=Blocks(...)"
+            )
+        block = per_axis(near.block, spec.dims, "Blocks.block")
+        shape = geometry(block, block, per_axis(self.rank, spec.dims, "Pyramid.rank"))
+        if self.query_rank is not None:
+            geometry(block, block, per_axis(self.query_rank, spec.dims, "Pyramid.query_rank"))
+        if self.grid is not None:
+            geometry(self.grid, shape.block, shape.rank, self.levels)
+        if self.rope == "cells" and spec.dims != 1:
+            raise ValueError(
+                f"Pyramid(rope='cells') with dims={spec.dims}: the rotary embedding is 1-D; use rope='tokens'"
+            )
+
+    def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
+        """The far field alone, as an attention state."""
+        return self._module(spec, near, "far")
+
+    def build_fused(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
+        """Near and far field together."""
+        return self._module(spec, near, "both")
+
+    def _module(self, spec: LayerSpec, near: Part | None, part: str) -> nn.Module:
+        self.check(spec, near)
+        assert isinstance(near, Blocks)
+        block = per_axis(near.block, spec.dims, "Blocks.block")
+        return _Pyramid(self, spec, geometry(self.grid or block, block, per_axis(self.rank, spec.dims, "rank")), part)
+
+
+class _Pyramid(nn.Module):
+    def __init__(self, options: Pyramid, spec: LayerSpec, shape: Geometry, part: str) -> None:
+        super().__init__()
+        self.options, self.shape, self.part = options, shape, part
+        self.level_bias = None
+        if options.bias is not None:
+            self.level_bias = nn.Parameter(torch.empty(MAX_LEVELS, spec.num_heads))
+        self.weights = nn.ParameterDict()
+        heads, width = spec.num_kv_heads, spec.head_dim
+        if options.summary == "shared":
+            for name, value in averaging(shape, heads, width)._asdict().items():
+                self.weights[name] = nn.Parameter(torch.empty_like(value))
+        elif options.summary == "pooled":
+            self.weights["query"] = nn.Parameter(torch.empty(heads, width))
+        elif options.summary == "learned":
+            p = shape.cells_per_group
+            for level in range(1, shape.levels + 1):
+                size = math.prod(shape.group_side(level))
+                for side in ("key", "value"):
+                    self.weights[f"{side}_weight_{level}"] = nn.Parameter(torch.empty(p, width, size))
+                    self.weights[f"{side}_bias_{level}"] = nn.Parameter(torch.empty(p, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Summaries average, the far field is quiet."""
+        if self.level_bias is not None:
+            assert self.options.bias is not None
+            nn.init.constant_(self.level_bias, self.options.bias / FAST)
+        if self.options.summary == "shared":
+            for weight in self.weights.values():
+                nn.init.constant_(weight, 1.0 / weight.shape[1])
+        elif self.options.summary == "pooled":
+            nn.init.zeros_(self.weights["query"])
+        elif self.options.summary == "learned":
+            for level in range(1, self.shape.levels + 1):
+                average = _averaging_taps(self.shape, level)
+                for side in ("key", "value"):
+                    self.weights[f"{side}_weight_{level}"].copy_(average[:, None, :])
+                    nn.init.zeros_(self.weights[f"{side}_bias_{level}"])
+
+    def summary(self) -> Summary:
+        """The summary with its present weights, as the operator takes it."""
+        w = self.weights
+        if self.options.summary == "shared":
+            return SharedSummary(w["key_leaf"], w["key_up"], w["value_leaf"], w["value_up"])
+        if self.options.summary == "pooled":
+            return PooledSummary(w["query"])
+        if self.options.summary == "learned":
+            names = ("key_weight", "key_bias", "value_weight", "value_bias")
+            return LearnedSummary(
+                tuple(LevelWeights(*(w[f"{n}_{i}"] for n in names)) for i in range(1, self.shape.levels + 1))
+            )
+        return "mean"
+
+    def forward(self, inputs: Inputs) -> AttentionState:
+        """The attention state of the far field, or of near and far field when fused."""
+        options = self.options
+        if options.grid is not None and inputs.grid != options.grid:
+            raise ValueError(
+                f"learned summaries were made for grid {options.grid}, got {inputs.grid}; 'shared' works on any"
+            )
+        key, summary = inputs.rotated_k, self.summary()
+        if options.rope == "cells" and inputs.rope is not None:
+            if inputs.cu_seqlens is not None:
+                state = by_segment(inputs, self.forward)
+                assert isinstance(state, AttentionState)
+                return state
+            summary = self._rotated_summaries(inputs, summary)
+        out = multipole_attention(
+            inputs.rotated_q,
+            key,
+            inputs.v,
+            grid=inputs.grid,
+            block=self.shape.block,
+            rank=self.shape.rank,
+            levels=options.levels,
+            causal=inputs.causal,
+            key_mask=inputs.key_mask,
+            cu_seqlens=inputs.cu_seqlens,
+            scale=inputs.scale,
+            count_bias=options.count_bias,
+            query_rank=options.query_rank,
+            sinks=options.sinks,
+            dropout=inputs.dropout,
+            summary=summary,
+            level_bias=None if self.level_bias is None else self.level_bias * FAST,
+            return_lse=True,
+            part=self.part,
+        )
+        return AttentionState(*out)
+
+    def _rotated_summaries(self, inputs: Inputs, summary: Summary) -> Summaries:
+        """Summaries of keys as they are, rotated by the position of their cell's centre."""
+        assert inputs.rope is not None and inputs.positions is not None
+        options, (block,), (rank,) = self.options, self.shape.block, self.shape.rank
+        plain = summarise(
+            inputs.k,
+            inputs.v,
+            grid=inputs.grid,
+            block=block,
+            rank=rank,
+            levels=options.levels,
+            key_mask=inputs.key_mask,
+            sinks=options.sinks,
+            summary=summary,
+        )
+        keys = []
+        for level, k in enumerate(plain.keys, start=1):
+            centres = cell_centres(inputs.q.shape[2], block, rank, level, k.device)
+            keys.append(inputs.rope.rotate(k.flatten(2, 3), centres).view(k.shape))
+        return plain._replace(keys=tuple(keys))
+
+    def extra_repr(self) -> str:
+        """What was asked for."""
+        return f"{self.options!r}, part={self.part!r}"
+
+
+def _averaging_taps(shape: Geometry, level: int) -> Tensor:
+    """[P, tokens of a group] filters that average each cell of a group."""
+    side, cell = shape.group_side(level), shape.cell_side(level)
+    position = torch.stack(torch.meshgrid(*(torch.arange(n) for n in side), indexing="ij"), -1).reshape(-1, shape.dims)
+    index = position // position.new_tensor(cell)
+    flat = torch.zeros_like(index[:, 0])
+    for axis, p in enumerate(shape.rank):
+        flat = flat * p + index[:, axis]
+    return (flat[None] == torch.arange(shape.cells_per_group)[:, None]).float() / math.prod(cell)

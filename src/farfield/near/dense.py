@@ -1,0 +1,93 @@
+"""Dense: every token sees every token exactly. The yardstick, and the limit of every other near field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from farfield.merge import AttentionState, attend_dense
+from farfield.parts import Inputs, LayerSpec, NearPart, Part, repeat_heads
+from farfield.rope import segment_positions
+
+__all__ = ["Dense", "dense_output"]
+
+
+@dataclass(frozen=True)
+class Dense(NearPart):
+    """Exact softmax attention over all tokens, in 1-D, 2-D or 3-D (Vaswani et al., arXiv 1706.03762).
+
+    Alone in a layer it is torch's `scaled_dot_product_attention`: O(N²) time, O(N) memory where torch has a fused
+    kernel, O(N²) with a mask or packed segments. Beside a far field it keeps the log-sum-exp, at O(N²) memory.
+    Causal-safe.
+    """
+
+    takes_dropout = True
+
+    @property
+    def cost(self) -> str:
+        """Score computations for n tokens."""
+        return "n²"
+
+    def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
+        """See :class:`farfield.parts.Part`."""
+        return _Dense()
+
+
+class _Dense(nn.Module):
+    def forward(self, inputs: Inputs) -> AttentionState:
+        """Attention with its log-sum-exp."""
+
+        def keep(weights: Tensor) -> Tensor:
+            return F.dropout(weights, inputs.dropout, training=True)
+
+        visible = _visible(inputs)
+        if inputs.causal and inputs.cu_seqlens is None:
+            order = torch.ones(inputs.q.shape[2], inputs.q.shape[2], dtype=torch.bool, device=inputs.q.device).tril()
+            visible = order if visible is None else visible & order
+        return attend_dense(
+            inputs.rotated_q,
+            inputs.rotated_k,
+            inputs.v,
+            scale=inputs.scale,
+            visible=visible,
+            keep=keep if inputs.dropout > 0 else None,
+        )
+
+    def output(self, inputs: Inputs) -> Tensor:
+        """The output alone, when nobody needs the log-sum-exp."""
+        return dense_output(inputs)
+
+
+def dense_output(inputs: Inputs) -> Tensor:
+    """Exact attention `[B, Hq, N, D]` over all tokens by torch's fused kernels; a row that sees nothing gives 0."""
+    q = inputs.rotated_q
+    k, v = repeat_heads(inputs.rotated_k, q.shape[1]), repeat_heads(inputs.v, q.shape[1])
+    visible = _visible(inputs)
+    causal = inputs.causal
+    if visible is not None and causal and inputs.cu_seqlens is None:
+        visible = visible & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    if visible is not None:
+        causal = False
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, dropout_p=inputs.dropout, is_causal=causal, scale=inputs.scale
+    )
+    if visible is not None and inputs.cu_seqlens is None:
+        # Kernels differ on rows that see nothing: some give 0, some the mean of all values.
+        out = torch.where(visible.any(-1, keepdim=True), out, torch.zeros_like(out))
+    return out
+
+
+def _visible(inputs: Inputs) -> Tensor | None:
+    """Bool mask broadcastable to [B, H, N, N]; segments carry the causal order with them, key masks do not."""
+    if inputs.cu_seqlens is not None:
+        tokens, device = inputs.q.shape[2], inputs.q.device
+        index = torch.arange(tokens, device=device)
+        start = index - segment_positions(tokens, inputs.cu_seqlens, device)
+        visible = start[:, None] == start[None, :]
+        return visible & (index[:, None] >= index[None, :]) if inputs.causal else visible
+    if inputs.key_mask is not None:
+        return inputs.key_mask[:, None, None, :]
+    return None

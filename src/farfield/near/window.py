@@ -1,0 +1,100 @@
+"""Window: a sliding, strided, blocked or dilated neighbourhood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from farfield.merge import AttentionState
+from farfield.near.dense import dense_output
+from farfield.ops.window import window_attention
+from farfield.ops.window.api import check_rule
+from farfield.parts import Inputs, LayerSpec, NearPart, Part
+
+__all__ = ["Window"]
+
+
+@dataclass(frozen=True)
+class Window(NearPart):
+    """Each query sees `size` keys per axis around itself; causal: itself and the `size - 1` tokens before it.
+
+    The index rule is NATTEN's, see :func:`farfield.ops.window.window_attention`. A window longer than its axis is the
+    whole axis (with dilation 1), so short inputs work. Linear time and memory. Causal-safe.
+
+    Args:
+        size: keys per axis; one integer or one per axis.
+        stride: this many neighbouring queries share a window; `stride=size` is blocked attention.
+        dilation: a window holds every dilation-th token.
+        kv_norm: keys and values pass a LayerNorm over the channels of all heads first, the same one for both (the near
+            half of Transformer-LS's DualLN, arXiv 2107.02192).
+
+    Source: arXiv 2204.07143, 2209.15001 (dilation), 2504.16922 (stride).
+    """
+
+    size: int | tuple[int, ...]
+    stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    kv_norm: bool = False
+
+    takes_dropout = True
+
+    @property
+    def cost(self) -> str:
+        """Score computations for n tokens."""
+        return "n·size" if isinstance(self.size, int) else f"n·{'·'.join(map(str, self.size))}"
+
+    def check(self, spec: LayerSpec, near: Part | None = None) -> None:
+        """Raises ValueError when size, stride and dilation do not fit each other or the dimensions."""
+        check_rule(self.size, self.stride, self.dilation, spec.dims)
+
+    def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
+        """See :class:`farfield.parts.Part`."""
+        return _Window(self, spec)
+
+
+class _Window(nn.Module):
+    def __init__(self, part: Window, spec: LayerSpec) -> None:
+        super().__init__()
+        self.size, self.stride, self.dilation = check_rule(part.size, part.stride, part.dilation, spec.dims)
+        self.norm = nn.LayerNorm(spec.num_kv_heads * spec.head_dim) if part.kv_norm else None
+
+    def forward(self, inputs: Inputs) -> AttentionState:
+        """Attention with its log-sum-exp."""
+        return self._attend(self._normed(inputs))
+
+    def output(self, inputs: Inputs) -> Tensor:
+        """The output alone; a window over everything is dense attention, for which torch has faster kernels."""
+        inputs = self._normed(inputs)
+        whole = max(self.dilation) == 1 and all(n <= size for n, size in zip(inputs.grid, self.size, strict=True))
+        if whole and inputs.cu_seqlens is None:
+            return dense_output(inputs)
+        return self._attend(inputs).out
+
+    def _attend(self, inputs: Inputs) -> AttentionState:
+        return window_attention(
+            inputs.rotated_q,
+            inputs.rotated_k,
+            inputs.v,
+            window=self.size,
+            grid=inputs.grid,
+            stride=self.stride,
+            dilation=self.dilation,
+            causal=inputs.causal,
+            key_mask=inputs.key_mask,
+            cu_seqlens=inputs.cu_seqlens,
+            scale=inputs.scale,
+            dropout=inputs.dropout,
+            return_lse=True,
+        )
+
+    def _normed(self, inputs: Inputs) -> Inputs:
+        if self.norm is None:
+            return inputs
+        return replace(inputs, k=head_norm(self.norm, inputs.k), v=head_norm(self.norm, inputs.v))
+
+
+def head_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A LayerNorm over the channels of all heads of `[B, H, N, D]`."""
+    flat: Tensor = norm(x.transpose(1, 2).flatten(2))
+    return flat.view(*flat.shape[:2], x.shape[1], x.shape[3]).transpose(1, 2).to(x.dtype)

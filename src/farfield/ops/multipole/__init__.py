@@ -1,0 +1,32 @@
+"""Multipole attention: near tokens exactly, far tokens through a hierarchy of summaries, one softmax."""
+
+from farfield.ops.multipole.analysis import ErrorReport, LevelError, effective_weights, error_report
+from farfield.ops.multipole.api import ENGINES, can_run, multipole_attention
+from farfield.ops.multipole.summarise import summarise
+from farfield.ops.multipole.summary import (
+    LearnedSummary,
+    LevelWeights,
+    PooledSummary,
+    Pyramid,
+    SharedSummary,
+    Summary,
+    averaging,
+)
+
+__all__ = [
+    "ENGINES",
+    "ErrorReport",
+    "LearnedSummary",
+    "LevelError",
+    "LevelWeights",
+    "PooledSummary",
+    "Pyramid",
+    "SharedSummary",
+    "Summary",
+    "averaging",
+    "can_run",
+    "effective_weights",
+    "error_report",
+    "multipole_attention",
+    "summarise",
+]

@@ -1,0 +1,286 @@
+"""The public function: arguments checked and normalised, one engine chosen, nothing computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farfield.geometry import Geometry, check_divides, geometry, per_axis
+from farfield.ops.multipole import reference
+from farfield.ops.multipole.op import Multipole
+from farfield.ops.multipole.summary import Pyramid, Summary, check, pack
+
+ENGINES = ("reference", "torch")
+
+
+def can_run(engine: str, query: Tensor) -> str | None:
+    """None when the engine can run a call with this query, otherwise the reason why not."""
+    if engine not in ENGINES:
+        return f"impl={engine!r} is not an engine: {', '.join(ENGINES)} or None (chooses) would be accepted"
+    return None
+
+
+def multipole_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    block: int | Sequence[int] = 64,
+    rank: int | Sequence[int] = 8,
+    levels: int | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    count_bias: bool = True,
+    query_rank: int | Sequence[int] | None = None,
+    sinks: int = 0,
+    dropout: float = 0.0,
+    summary: Summary = "mean",
+    level_bias: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+    part: str = "both",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Fast multipole attention: near tokens exactly, far tokens through a hierarchy of summaries, one softmax over
+    all of them.
+
+    Leaf blocks of ``block`` tokens per axis see their own and their neighbouring blocks token by token. Everything
+    else is seen through groups that double in side from level to level, each cut into ``rank`` cells per axis that
+    carry one key and one value summary. Every token is seen exactly once.
+
+    Args:
+        query: [B, Hq, N, D]; float32, float64, bfloat16 or float16. Tokens row-major in the grid.
+        key, value: [B, Hkv, N, D], same dtype; Hq a multiple of Hkv (grouped heads).
+        grid: (N,), (H, W) or (T, H, W) with product N; None means (N,).
+        block: side of a leaf block in tokens, one integer or one per axis.
+        rank: cells of a group per axis; divides ``block``.
+        levels: coarse levels; None takes the published number (log2(N / block) - 1 for powers of two). Fewer are
+            allowed.
+        causal: a query sees only itself and the past; 1-D only.
+        key_mask: [B, N] bool, True = the key may be seen. In every dimension. Masked tokens count in no summary.
+        cu_seqlens: [S + 1] integer bounds of packed sequences, from 0 to N; 1-D only. Each gets its own tree, none
+            sees another. With a key_mask too, cu_seqlens wins and the mask is not read.
+        scale: factor of the scores; None means D ** -0.5.
+        count_bias: add log(count) to the score of a cell of ``count`` tokens, so that it weighs as many tokens.
+        query_rank: pool queries too, in cells of this rank, and share the far field within a cell: O(N) instead of
+            O(N log N). Not with ``causal``, since a pooled query mixes later tokens in.
+        sinks: leading tokens (of each packed sequence) that every query sees exactly and that belong to no cell.
+        dropout: rate in [0, 1) for the normalised weights, drawn from torch's default generator. Pass 0 in evaluation.
+        summary: "mean", or ready weights (SharedSummary, PooledSummary, LearnedSummary), or ready summaries (Pyramid).
+        level_bias: [levels or more, Hq], added to the scores of each level's cells.
+        return_lse: also return the natural log of each query's sum of exponentials, differentiable.
+        impl: "torch" (fast, any device), "reference" (dense, O(N^2), differentiable to any order), None: "torch".
+        part: "both", or only the "near" or the "far" part of the sum, for merging by lse.
+
+    Returns:
+        Output [B, Hq, N, D] in the dtype of the query; with ``return_lse`` also lse [B, Hq, N] (float32, or float64
+        for float64 inputs). A query that sees nothing gets 0 and -inf, with zero gradients.
+
+    Raises:
+        ValueError, TypeError: with what was given and what would be accepted.
+
+    Complexity: time O(N (block + rank * levels)) per axis product and memory O(N), forward and backward. Causal-safe
+        with ``causal=True``.
+
+    Under autocast, float inputs are cast to the autocast dtype first. Accumulation is float32 (float64 for float64).
+
+    Source: Fast Multipole Attention, arXiv 2310.11960.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 8, 1000, 64)
+        >>> multipole_attention(q, k, v, causal=True, block=64, rank=8).shape
+        torch.Size([1, 8, 1000, 64])
+    """
+    call = normalise(
+        query, key, value, grid, block, rank, levels, causal, key_mask, cu_seqlens, scale, query_rank, sinks, dropout,
+        summary, level_bias, part,
+    )  # fmt: skip
+    engine = impl or "torch"
+    reason = can_run(engine, query)
+    if reason is not None:
+        raise ValueError(reason)
+    run: Callable[..., tuple[Tensor, Tensor]] = _torch if engine == "torch" else reference.attention
+    out, lse = run(**call, causal=causal, count_bias=count_bias, sinks=sinks, dropout=float(dropout), part=part)
+    return (out, lse) if return_lse else out
+
+
+def _torch(
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    rank: tuple[int, ...],
+    levels: int | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    count_bias: bool,
+    query_rank: tuple[int, ...] | None,
+    sinks: int,
+    dropout: float,
+    summary: Summary,
+    level_bias: Tensor | None,
+    part: str,
+) -> tuple[Tensor, Tensor]:
+    kind, weights = pack(summary)
+    seed = torch.randint(1 << 62, (1,)) if dropout > 0 else None
+    settings = (
+        kind, list(grid), list(block), list(rank), -1 if levels is None else levels, causal, count_bias,
+        list(query_rank or ()), sinks, scale, dropout, part,
+    )  # fmt: skip
+    out, lse = Multipole.apply(settings, query, key, value, key_mask, cu_seqlens, level_bias, seed, *weights)
+    return out, lse
+
+
+def normalise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: Sequence[int] | None,
+    block: int | Sequence[int],
+    rank: int | Sequence[int],
+    levels: int | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    query_rank: int | Sequence[int] | None,
+    sinks: int,
+    dropout: float,
+    summary: Summary,
+    level_bias: Tensor | None,
+    part: str,
+) -> dict[str, Any]:
+    """Checks a call and brings its arguments into one form; what comes out fits every engine."""
+    query, key, value = _inputs(query, key, value)
+    number = query.shape[2]
+    axes = (number,) if grid is None else tuple(grid)
+    if not 1 <= len(axes) <= 3:
+        raise ValueError(f"grid={axes} has {len(axes)} axes: (N,), (H, W) or (T, H, W) would be accepted")
+    if grid is not None and prod(axes) != number:
+        raise ValueError(f"grid={axes} has {prod(axes)} tokens but query has N={number}: their product must be N")
+    dims = len(axes)
+    m, p = per_axis(_plain(block), dims, "block"), per_axis(_plain(rank), dims, "rank")
+    pooled = None if query_rank is None else per_axis(_plain(query_rank), dims, "query_rank")
+    if causal and dims > 1:
+        raise ValueError(f"causal=True with grid={axes}: an order of tokens exists in 1-D only; pass causal=False")
+    if causal and pooled is not None:
+        raise ValueError(
+            f"causal=True with query_rank={query_rank}: a pooled query mixes later tokens in; drop one of the two"
+        )
+    check_divides("rank", p, m)
+    if pooled is not None:
+        check_divides("query_rank", pooled, m)
+    if part not in ("both", "near", "far"):
+        raise ValueError(f"part={part!r}: 'both', 'near' or 'far' would be accepted")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout}: a rate in [0, 1) would be accepted")
+    if not isinstance(sinks, int) or sinks < 0:
+        raise ValueError(f"sinks={sinks!r}: a number of leading tokens >= 0 would be accepted")
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask has dtype {key_mask.dtype}: a bool mask is needed, True = the key may be seen")
+        if key_mask.shape != (query.shape[0], number):
+            raise ValueError(
+                f"key_mask has shape {list(key_mask.shape)}: [B, N] = {[query.shape[0], number]} is needed"
+            )
+    if cu_seqlens is not None:
+        _check_segments(cu_seqlens, number, dims)
+    if level_bias is not None and (level_bias.dim() != 2 or level_bias.shape[1] != query.shape[1]):
+        raise ValueError(
+            f"level_bias has shape {list(level_bias.shape)}: [levels or more, Hq={query.shape[1]}] is needed"
+        )
+    fixed = _shape_if_needed(axes, m, p, levels, cu_seqlens)
+    kind, _ = pack(summary)
+    if fixed is not None:
+        if part != "near":
+            if kind == "given" or kind == "learned":
+                check(summary, fixed, key, fixed.levels)
+            if level_bias is not None and level_bias.shape[0] < fixed.levels:
+                raise ValueError(f"level_bias has {level_bias.shape[0]} rows; this length has {fixed.levels} levels")
+    if kind in ("shared", "pooled"):
+        check(summary, Geometry(axes, m, p, 0), key, 0)
+    if isinstance(summary, Pyramid) and cu_seqlens is not None:
+        raise ValueError(
+            "summary is a ready Pyramid with cu_seqlens: packed sequences build their own; pass weights instead"
+        )
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "grid": axes,
+        "block": m,
+        "rank": p,
+        "levels": levels,
+        "key_mask": key_mask,
+        "cu_seqlens": cu_seqlens,
+        "scale": float(query.shape[3] ** -0.5 if scale is None else scale),
+        "query_rank": pooled,
+        "summary": summary,
+        "level_bias": level_bias,
+    }
+
+
+def _plain(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    return value if isinstance(value, int) else tuple(value)
+
+
+def _shape_if_needed(
+    axes: tuple[int, ...], block: tuple[int, ...], rank: tuple[int, ...], levels: int | None, cu_seqlens: Tensor | None
+) -> Geometry | None:
+    """The hierarchy, where its integers can be checked now: not under tracing, where lengths are symbols (the operator checks then)."""
+    if torch.compiler.is_compiling() or cu_seqlens is not None:
+        return None
+    return geometry(axes, block, rank, levels)
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {list(x.shape)}: [B, H, N, D] is needed")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {x.dtype}: float32, float64, bfloat16 or float16 would be accepted")
+    if key.shape != value.shape:
+        raise ValueError(f"key {list(key.shape)} and value {list(value.shape)} must have one shape, [B, Hkv, N, D]")
+    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
+        raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} must share B, N and D (self-attention)")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} heads, key {key.shape[1]}: Hq must be a multiple of Hkv")
+    if query.shape[2] == 0:
+        raise ValueError(
+            f"query has shape {list(query.shape)}: an empty sequence has nothing to attend to, N >= 1 is needed"
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"query, key and value have dtypes {query.dtype}, {key.dtype}, {value.dtype}: one for all is needed"
+        )
+    return query, key, value
+
+
+def _check_segments(cu_seqlens: Tensor, number: int, dims: int) -> None:
+    if dims > 1:
+        raise ValueError(
+            f"cu_seqlens with a {dims}-D grid: packed sequences are 1-D; drop grid, or pass images as a batch"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: [S + 1] int32 or int64 is needed"
+        )
+    if torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != number or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens={bounds}: it must rise from 0 to N={number}")

@@ -1,0 +1,192 @@
+"""The torch engine as custom operators: one node in a compiled or exported graph, whatever the length.
+
+``farfield::multipole`` and ``farfield::multipole_backward`` are registered with fakes and a rule for
+``torch.func.vmap``; the gradient (that of the lse included) is :class:`Multipole`. Tensors come first, then the
+settings as plain integers, floats and strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farfield.ops.multipole.torch import Settings, backward, forward
+from farfield.ops.tiles import compute_dtype
+
+
+def _settings(
+    kind: str,
+    grid: Sequence[int],
+    block: Sequence[int],
+    rank: Sequence[int],
+    levels: int,
+    causal: bool,
+    count_bias: bool,
+    query_rank: Sequence[int],
+    sinks: int,
+    scale: float,
+    dropout: float,
+    part: str,
+) -> Settings:
+    return Settings(
+        kind=kind,
+        grid=tuple(int(n) for n in grid),
+        block=tuple(block),
+        rank=tuple(rank),
+        levels=None if levels < 0 else levels,
+        causal=causal,
+        count_bias=count_bias,
+        query_rank=tuple(query_rank) or None,
+        sinks=sinks,
+        scale=scale,
+        dropout=dropout,
+        part=part,
+    )
+
+
+@torch.library.custom_op("farfield::multipole", mutates_args=())
+def multipole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    level_bias: Tensor | None,
+    seed: Tensor | None,
+    weights: list[Tensor],
+    kind: str,
+    grid: list[int],
+    block: list[int],
+    rank: list[int],
+    levels: int,
+    causal: bool,
+    count_bias: bool,
+    query_rank: list[int],
+    sinks: int,
+    scale: float,
+    dropout: float,
+    part: str,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, D] and lse [B, Hq, N]; see :func:`farfield.multipole_attention`. ``levels`` -1: the default number."""
+    s = _settings(kind, grid, block, rank, levels, causal, count_bias, query_rank, sinks, scale, dropout, part)
+    return forward(s, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+
+
+@multipole.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(query.shape)
+    return out, query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
+
+
+@torch.library.custom_op("farfield::multipole_backward", mutates_args=())
+def multipole_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    level_bias: Tensor | None,
+    seed: Tensor | None,
+    weights: list[Tensor],
+    kind: str,
+    grid: list[int],
+    block: list[int],
+    rank: list[int],
+    levels: int,
+    causal: bool,
+    count_bias: bool,
+    query_rank: list[int],
+    sinks: int,
+    scale: float,
+    dropout: float,
+    part: str,
+) -> list[Tensor]:
+    """Gradients of query, key, value, level_bias (empty where there is none), then of every weight."""
+    s = _settings(kind, grid, block, rank, levels, causal, count_bias, query_rank, sinks, scale, dropout, part)
+    grads = backward(
+        s, grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights
+    )
+    return [g.contiguous() for g in grads]
+
+
+@multipole_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    level_bias: Tensor | None,
+    seed: Tensor | None,
+    weights: list[Tensor],
+    *args: Any,
+) -> list[Tensor]:
+    bias = query.new_empty(0) if level_bias is None else level_bias.new_empty(level_bias.shape)
+    return [x.new_empty(x.shape) for x in (query, key, value)] + [bias] + [w.new_empty(w.shape) for w in weights]
+
+
+class Multipole(torch.autograd.Function):
+    """The gradient of ``farfield::multipole``, differentiable once; composes with torch.func and torch.compile."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        settings: tuple[Any, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        level_bias: Tensor | None,
+        seed: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return multipole(query, key, value, key_mask, cu_seqlens, level_bias, seed, list(weights), *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        settings, *tensors = inputs
+        ctx.settings = settings
+        ctx.save_for_backward(*output, *tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, *weights = ctx.saved_tensors
+        grads = multipole_backward(
+            grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, list(weights),
+            *ctx.settings,
+        )  # fmt: skip
+        return None, *grads[:3], None, None, None if level_bias is None else grads[3], None, *grads[4:]
+
+
+def _one_by_one(op: Any) -> Any:
+    """A vmap rule that runs the entries one after another: right for every argument, not fast."""
+
+    def pick(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [pick(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        results = [op(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+        stacked = [torch.stack(r) for r in zip(*results, strict=True)]
+        return type(results[0])(stacked), type(results[0])([0] * len(stacked))
+
+    return rule
+
+
+multipole.register_vmap(_one_by_one(multipole))
+multipole_backward.register_vmap(_one_by_one(multipole_backward))

@@ -1,0 +1,204 @@
+"""The index tables of one call: which blocks, sinks and groups every leaf block reads, for a grid or for packed
+sequences.
+
+Packed sequences are laid out as one row of leaf blocks in which every sequence starts at a multiple of its own
+largest group (the sequences with the most levels come first), so that the groups of each sequence's own tree are
+groups of the row. A packed batch is then just another set of tables. Plans depend on integers only and are cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farfield.geometry import EMPTY, Geometry, Ints, geometry
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """[units, places] rows to read (0 where unused) and [units, places] bool: which places are used."""
+
+    rows: Tensor
+    used: Tensor
+
+    @staticmethod
+    def of(table: Ints, device: torch.device) -> Table:
+        rows = torch.from_numpy(np.ascontiguousarray(table))
+        return Table(rows.clamp(min=0).to(device), (rows != EMPTY).to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Tables over the leaf blocks of ``layout``, a geometry whose grid may be a row of packed trees.
+
+    Attributes:
+        layout: block order, group and cell counts.
+        tokens: N.
+        token_of_slot, slot_of_token: the block order, None where it is the order of the tokens itself.
+        filled: [slots] bool, slots that hold a token; ``whole``: all do.
+        near: blocks read by each block, itself first.
+        sinks: [blocks, sinks] slots of the leading tokens, or None.
+        is_sink: [slots] bool or None.
+        far: per level, groups read by each group.
+        group_of_block: per level, [blocks].
+        far_of_block: [blocks, places of all levels] rows of the concatenated levels; ``level_of_place`` the level
+            (0-based) of each.
+        row_bias: [classes, block_tokens, near and sink keys] causal mask inside a block, or None; ``row_class`` per
+            block.
+    """
+
+    layout: Geometry
+    tokens: int
+    token_of_slot: Tensor | None
+    slot_of_token: Tensor | None
+    filled: Tensor
+    whole: bool
+    near: Table
+    sinks: Table | None
+    is_sink: Tensor | None
+    far: tuple[Table, ...]
+    group_of_block: tuple[Tensor, ...]
+    far_of_block: Table
+    level_of_place: tuple[int, ...]
+    row_bias: Tensor | None
+    row_class: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """One sequence (or the one grid) and where its leaf blocks and tokens start."""
+
+    geometry: Geometry
+    first_block: int
+    first_token: int
+
+
+def _trees(lengths: tuple[int, ...], block: int, rank: int, levels: int | None) -> tuple[list[_Tree], int]:
+    """Places the sequences in a row of blocks; returns them and the number of blocks of the row."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    shapes = []
+    for length, start in zip(lengths, starts, strict=False):
+        if length:
+            most = geometry((length,), block, rank).levels
+            shapes.append((geometry((length,), block, rank, most if levels is None else min(levels, most)), int(start)))
+    if levels is not None and shapes and levels > max(g.levels for g, _ in shapes):
+        raise ValueError(f"levels={levels}: the longest packed sequence has {max(g.levels for g, _ in shapes)}")
+    shapes.sort(key=lambda pair: -pair[0].levels)
+    trees, blocks = [], 0
+    for shape, start in shapes:
+        trees.append(_Tree(shape, blocks, start))
+        step = 1 << max(0, shape.levels - 1)
+        blocks += -(-shape.blocks // step) * step
+    return trees, blocks
+
+
+@lru_cache(maxsize=32)
+def make_plan(
+    grid: tuple[int, ...],
+    lengths: tuple[int, ...] | None,
+    block: tuple[int, ...],
+    rank: tuple[int, ...],
+    levels: int | None,
+    causal: bool,
+    sinks: int,
+    device: torch.device,
+) -> Plan:
+    """Tables for ``grid``, or for packed sequences of ``lengths`` on a 1-D grid."""
+    if lengths is None:
+        only = geometry(grid, block, rank, levels)
+        trees, layout = [_Tree(only, 0, 0)], only
+    else:
+        trees, blocks = _trees(lengths, block[0], rank[0], levels)
+        layout = Geometry((blocks * block[0],), block, rank, max(t.geometry.levels for t in trees))
+    size, total = layout.block_tokens, layout.blocks
+    token = np.full(total * size, EMPTY, dtype=np.int64)
+    near_parts, sink_parts = [], []
+    for tree in trees:
+        local = tree.geometry.token_of_slot()
+        first = tree.first_block * size
+        token[first : first + len(local)] = np.where(local == EMPTY, EMPTY, local + tree.first_token)
+        near_parts.append((tree.first_block, _shift(tree.geometry.near_list(causal), tree.first_block)))
+        if sinks:
+            slot = np.argsort(np.where(local == EMPTY, len(local), local), kind="stable")[
+                : min(sinks, tree.geometry.tokens)
+            ]
+            sink_parts.append((tree.first_block, np.tile(slot + first, (tree.geometry.blocks, 1))))
+    near = _stack(near_parts, total)
+    sink = _stack(sink_parts, total) if sinks else None
+    far, group_of_block, of_block, level_of_place, rows = [], [], [], [], 0
+    for level in range(1, layout.levels + 1):
+        shift = level - 1
+        parts = [
+            (t.first_block >> shift, _shift(t.geometry.far_list(level, causal), t.first_block >> shift))
+            for t in trees
+            if t.geometry.levels >= level
+        ]
+        table = _stack(parts, layout.group_total(level))
+        group = layout.group_of_block(level)
+        far.append(Table.of(table, device))
+        group_of_block.append(torch.from_numpy(group).to(device))
+        of_block.append(_shift(table[group], rows))
+        level_of_place += [shift] * table.shape[1]
+        rows += layout.group_total(level)
+    far_of_block = np.concatenate(of_block, 1) if of_block else np.zeros((total, 0), dtype=np.int64)
+    row_bias, row_class = _row_bias(trees, total, size, near.shape[1], sink, causal)
+    order = np.arange(layout.tokens)
+    in_order = len(order) == len(token) and bool((token == order).all())
+    slot_of_token = np.empty(int((token != EMPTY).sum()), dtype=np.int64)
+    slot_of_token[token[token != EMPTY]] = np.nonzero(token != EMPTY)[0]
+    is_sink = np.zeros(len(token), dtype=bool)
+    if sink is not None:
+        is_sink[sink[sink != EMPTY]] = True
+    return Plan(
+        layout=layout,
+        tokens=len(slot_of_token),
+        token_of_slot=None if in_order else torch.from_numpy(token).to(device),
+        slot_of_token=None if in_order else torch.from_numpy(slot_of_token).to(device),
+        filled=torch.from_numpy(token != EMPTY).to(device),
+        whole=bool((token != EMPTY).all()),
+        near=Table.of(near, device),
+        sinks=None if sink is None else Table.of(sink, device),
+        is_sink=torch.from_numpy(is_sink).to(device) if sinks else None,
+        far=tuple(far),
+        group_of_block=tuple(group_of_block),
+        far_of_block=Table.of(far_of_block, device),
+        level_of_place=tuple(level_of_place),
+        row_bias=None if row_bias is None else row_bias.to(device),
+        row_class=row_class,
+    )
+
+
+def _shift(table: Ints, by: int) -> Ints:
+    return np.where(table == EMPTY, EMPTY, table + by)
+
+
+def _stack(parts: list[tuple[int, Ints]], rows: int) -> Ints:
+    """One table of ``rows`` rows from the trees' own, each starting at its row."""
+    out = np.full((rows, max((p.shape[1] for _, p in parts), default=0)), EMPTY, dtype=np.int64)
+    for start, part in parts:
+        out[start : start + len(part), : part.shape[1]] = part
+    return out
+
+
+def _row_bias(
+    trees: list[_Tree], blocks: int, size: int, near: int, sink: Ints | None, causal: bool
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The causal mask inside a block: of its own tokens, and of sinks, which can lie behind the first queries."""
+    if not causal:
+        return None, ()
+    places = 0 if sink is None else sink.shape[1]
+    early = -(-places // size)
+    row_class = np.zeros(blocks, dtype=np.int64)
+    bias = torch.zeros(1 + early, size, near * size + places)
+    bias[:, :, :size] = torch.full((size, size), -torch.inf).triu(1)
+    for b in range(early):
+        later = torch.arange(places) > torch.arange(b * size, (b + 1) * size)[:, None]
+        bias[1 + b, :, near * size :].masked_fill_(later, -torch.inf)
+        for tree in trees:
+            if b < tree.geometry.blocks:
+                row_class[tree.first_block + b] = 1 + b
+    return bias, tuple(row_class.tolist())

@@ -1,0 +1,68 @@
+"""Summaries on their own: the pyramid that the operator would build, differentiable, for looking at and for changing before use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from farfield.geometry import per_axis
+from farfield.ops.multipole import pyramid
+from farfield.ops.multipole.plan import make_plan
+from farfield.ops.multipole.summary import Pyramid, Summary, check
+
+
+def summarise(
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    block: int | Sequence[int] = 64,
+    rank: int | Sequence[int] = 8,
+    levels: int | None = None,
+    key_mask: Tensor | None = None,
+    sinks: int = 0,
+    summary: Summary = "mean",
+) -> Pyramid:
+    """The pyramid of summaries of ``key`` and ``value``.
+
+    ``multipole_attention(q, k, v, ..., summary=summarise(k, v, ...))`` equals ``multipole_attention(q, k, v, ...,
+    summary=...)``.
+
+    Args:
+        key, value: [B, Hkv, N, D].
+        grid, block, rank, levels, key_mask, sinks, summary: as in :func:`farfield.multipole_attention`.
+
+    Returns:
+        Pyramid of [B, Hkv, groups, P, D] per level, float32 (float64 for float64 inputs). Linear time and memory,
+        differentiable.
+
+    Raises:
+        ValueError: as the operator.
+    """
+    axes = (key.shape[2],) if grid is None else tuple(grid)
+    m = per_axis(block if isinstance(block, int) else tuple(block), len(axes), "block")
+    p = per_axis(rank if isinstance(rank, int) else tuple(rank), len(axes), "rank")
+    plan = make_plan(axes, None, m, p, levels, False, sinks, key.device)
+    layout = plan.layout
+    check(summary, layout, key, layout.levels)
+    valid = plan.filled[None]
+    if key_mask is not None:
+        valid = (key_mask if plan.token_of_slot is None else key_mask[:, plan.token_of_slot.clamp(min=0)]) & valid
+    if plan.is_sink is not None:
+        valid = valid & ~plan.is_sink
+    blocks = []
+    for x in (key, value):
+        if plan.token_of_slot is not None:
+            x = x.index_select(2, plan.token_of_slot.clamp(min=0))
+        blocks.append(x.masked_fill(~valid[:, None, :, None], 0.0))
+    counts = pyramid.count(valid, layout, layout.levels, bool(valid.all()))
+    return pyramid.up(summary, blocks[0], blocks[1], valid, counts, layout, layout.levels)
+
+
+def cell_centres(tokens: int, block: int, rank: int, level: int, device: torch.device) -> Tensor:
+    """[groups * rank] positions of the centres of the cells of ``level`` of a sequence, in tokens; fractional."""
+    side = (block << (level - 1)) // rank
+    groups = -(-tokens // (block << (level - 1)))
+    return (torch.arange(groups * rank, device=device) + 0.5) * side - 0.5

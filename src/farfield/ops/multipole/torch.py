@@ -1,0 +1,475 @@
+"""The torch engine: multipole attention on any device, forward and backward, in memory linear in N.
+
+Tokens are brought into block order, the pyramid of summaries is built once, and every leaf block attends to one list
+of keys, its neighbours' tokens, the sinks and the cells of its interaction lists, through :mod:`farfield.ops.tiles`.
+The backward pass repeats the scores chunk by chunk and sends the gradients of the cells down the pyramid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from farfield.geometry import Geometry
+from farfield.ops.multipole import pyramid
+from farfield.ops.multipole.plan import Plan, Table, make_plan
+from farfield.ops.multipole.summary import Pyramid, unpack
+from farfield.ops.tiles import Dropout, Gradients, Lists, Store, attend, attend_backward, compute_dtype
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a call but its tensors."""
+
+    kind: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    rank: tuple[int, ...]
+    levels: int | None
+    causal: bool
+    count_bias: bool
+    query_rank: tuple[int, ...] | None
+    sinks: int
+    scale: float
+    dropout: float
+    part: str
+
+    @property
+    def near(self) -> bool:
+        return self.part != "far"
+
+    @property
+    def far(self) -> bool:
+        return self.part != "near"
+
+
+class _Call:
+    """The tensors of a call in block order, its pyramid and its biases: what forward and backward have in common."""
+
+    def __init__(
+        self,
+        s: Settings,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        level_bias: Tensor | None,
+        seed: Tensor | None,
+        weights: list[Tensor],
+    ) -> None:
+        lengths = None if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
+        if lengths is not None and key_mask is not None:
+            key_mask = None  # explicit segments win over a mask
+        self.s = s
+        self.batch, self.key_heads = key.shape[:2]
+        self.dtype = compute_dtype(key.dtype)
+        self.plan = make_plan(s.grid, lengths, s.block, s.rank, s.levels, s.causal, s.sinks, key.device)
+        self.layout = self.plan.layout
+        self.levels = self.layout.levels if s.far else 0
+        self.key_mask = key_mask
+        self.valid = self._valid()
+        self.key, self.value = self.blocks(key, keys=True), self.blocks(value, keys=True)
+        self.summary = unpack(s.kind, weights)
+        in_cells = self.valid if self.plan.is_sink is None else self.valid & ~self.plan.is_sink
+        self.in_cells = in_cells
+        full = key_mask is None and self.plan.whole and self.plan.is_sink is None
+        self.counts = pyramid.count(in_cells, self.layout, self.levels, full)
+        self.cell_keys, self.cell_values = self._clean(self.key), self._clean(self.value)
+        self.pyramid = pyramid.up(
+            self.summary, self.cell_keys, self.cell_values, in_cells, self.counts, self.layout, self.levels
+        )
+        self.level_bias = None if level_bias is None else level_bias.to(self.dtype)
+        self.dropout = None if seed is None else Dropout(s.dropout, int(seed.item()))
+
+    def _valid(self) -> Tensor:
+        """[B', slots] bool: slots whose token may be read."""
+        plan = self.plan
+        if self.key_mask is None:
+            return plan.filled[None]
+        if plan.token_of_slot is None:
+            return self.key_mask
+        return self.key_mask[:, plan.token_of_slot.clamp(min=0)] & plan.filled
+
+    def _clean(self, x: Tensor) -> Tensor:
+        """Without sinks, which are no part of any cell."""
+        sink = self.plan.is_sink
+        return x if sink is None else x.masked_fill(sink[:, None], 0.0)
+
+    def blocks(self, x: Tensor, keys: bool = False) -> Tensor:
+        """[B, H, N, D] -> [B, H, slots, D]; what may not be read is zero, so that nothing hidden (a NaN, say) can leak."""
+        plan = self.plan
+        if plan.token_of_slot is not None:
+            if plan.layout.dims == 1 and plan.slot_of_token is not None and self._is_padding():
+                x = torch.nn.functional.pad(x, (0, 0, 0, plan.layout.blocks * plan.layout.block_tokens - plan.tokens))
+            else:
+                x = x.index_select(2, plan.token_of_slot.clamp(min=0))
+                if not plan.whole:
+                    x = x.masked_fill(~plan.filled[:, None], 0.0)
+        if keys and self.key_mask is not None:
+            x = x.masked_fill(~self.valid[:, None, :, None], 0.0)
+        return x.contiguous()
+
+    def _is_padding(self) -> bool:
+        """True when the block order is the tokens' own order followed by padding."""
+        return self.plan.layout.tokens == self.plan.tokens
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """[B, H, slots, ...] -> [B, H, N, ...], the inverse of :meth:`blocks`."""
+        plan = self.plan
+        if plan.slot_of_token is None:
+            return x
+        if plan.layout.dims == 1 and self._is_padding():
+            return x[:, :, : plan.tokens].contiguous()
+        return x.index_select(2, plan.slot_of_token)
+
+    # Lists of keys
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _hide(self, table: Table, shown: Tensor) -> Tensor:
+        """Bias [B', units, places * w] of rows whose keys are biased by ``shown`` [B', R, w]."""
+        bias = shown[:, table.rows].masked_fill(~table.used[..., None], -torch.inf)
+        return bias.flatten(2)
+
+    def _token_bias(self, shown: Tensor) -> Tensor:
+        return torch.zeros(shown.shape, dtype=self.dtype, device=shown.device).masked_fill_(~shown, -torch.inf)
+
+    def _cell_bias(self, level: int) -> Tensor:
+        """[B', groups, P] log(count) or 0; -inf for an empty cell."""
+        counts = pyramid.to_groups(self.counts.cells[level], self.layout, level + 1)[:, 0, :, :, 0].to(self.dtype)
+        return counts.log() if self.s.count_bias else torch.where(counts > 0, 0.0, -torch.inf).to(self.dtype)
+
+    def _rows(self, x: Tensor, width: int) -> Tensor:
+        """[B, Hkv, rows.., D] as the rows of a store."""
+        return x.reshape(self.batch * self.key_heads, -1, width, x.shape[-1]).contiguous()
+
+    def token_lists(self) -> tuple[list[Store], list[Tensor]]:
+        """Near field and sinks."""
+        plan, size = self.plan, self.layout.block_tokens
+        stores = [Store(self._rows(self.key, size), self._rows(self.value, size), plan.near.rows)]
+        bias = [self._hide(plan.near, self._token_bias(self.in_cells).unflatten(1, (-1, size)))]
+        if plan.sinks is not None:
+            stores.append(Store(self._rows(self.key, 1), self._rows(self.value, 1), plan.sinks.rows))
+            bias.append(self._hide(plan.sinks, self._token_bias(self.valid)[..., None]))
+        return stores, bias
+
+    def _head_bias(self, level_of_key: list[int | None], heads: int) -> Tensor | None:
+        """[Hkv, r, K] the level bias of every key; None stands for a token."""
+        if self.level_bias is None:
+            return None
+        rows = self.level_bias[: max(1, self.levels)]
+        padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        index = [padded.shape[0] - 1 if level is None else level for level in level_of_key]
+        return padded[index].T.reshape(self.key_heads, heads // self.key_heads, -1).contiguous()
+
+    def lists(self, heads: int) -> tuple[Lists, list[int | None]]:
+        """One list for the tokens of every leaf block, and the level of each key."""
+        stores, bias = self.token_lists() if self.s.near else ([], [])
+        level_of_key: list[int | None] = [None] * sum(s.width for s in stores)
+        row_bias = self.plan.row_bias if self.s.near else None
+        if self.levels and self.plan.far_of_block.rows.shape[1]:
+            p = self.layout.cells_per_group
+            keys = torch.cat([self._rows(x, p) for x in self.pyramid.keys], 1)
+            values = torch.cat([self._rows(x, p) for x in self.pyramid.values], 1)
+            stores.append(Store(keys, values, self.plan.far_of_block.rows))
+            shown = torch.cat([self._cell_bias(level) for level in range(self.levels)], 1)
+            bias.append(self._hide(self.plan.far_of_block, shown))
+            level_of_key += [level for level in self.plan.level_of_place for _ in range(p)]
+        row_class = self.plan.row_class if row_bias is not None else ()
+        key_bias = torch.cat(bias, 2) if bias else None
+        return Lists(tuple(stores), key_bias, self._head_bias(level_of_key, heads), row_bias, row_class), level_of_key
+
+    def level_lists(self, level: int, heads: int) -> Lists:
+        """The list of every group of ``level`` (0-based) over the cells of its own level, for pooled queries."""
+        p = self.layout.cells_per_group
+        table = self.plan.far[level]
+        store = Store(self._rows(self.pyramid.keys[level], p), self._rows(self.pyramid.values[level], p), table.rows)
+        return Lists((store,), self._hide(table, self._cell_bias(level)), self._head_bias([level] * store.width, heads))
+
+    def units(self, query: Tensor, width: int) -> Tensor:
+        """[B, Hq, rows.., D] -> [B * Hkv, r, U, M, D] for :func:`attend`."""
+        repeat = query.shape[1] // self.key_heads
+        return query.reshape(self.batch * self.key_heads, repeat, -1, width, query.shape[-1])
+
+    def query_layout(self) -> Geometry:
+        """The same groups, cut into cells of queries."""
+        assert self.s.query_rank is not None
+        return replace(self.layout, rank=self.s.query_rank)
+
+
+def forward(
+    s: Settings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    level_bias: Tensor | None,
+    seed: Tensor | None,
+    weights: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N] in the precision of the arithmetic."""
+    if query.shape[0] == 0:
+        return torch.zeros_like(query, memory_format=torch.contiguous_format), query.new_zeros(query.shape[:-1], dtype=compute_dtype(query.dtype))
+    call = _Call(s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+    out, lse = _forward(call, call.blocks(query))
+    return call.tokens(out), call.tokens(lse)
+
+
+def _forward(call: _Call, query: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`forward` in block order."""
+    s, shape = call.s, query.shape
+    rows = call.units(query, call.layout.block_tokens)
+    if s.query_rank is None:
+        lists, _ = call.lists(shape[1])
+        if not lists.stores:
+            return torch.zeros_like(query), query.new_full(shape[:-1], -torch.inf, dtype=call.dtype)
+        out, lse = attend(rows, lists, batch=call.batch, scale=s.scale, dropout=call.dropout)
+        return out.view(shape), lse.view(shape[:-1])
+    out = torch.zeros_like(query, dtype=call.dtype)
+    lse = query.new_full(shape[:-1], -torch.inf, dtype=call.dtype)
+    if s.near:
+        stores, bias = call.token_lists()
+        lists = Lists(tuple(stores), torch.cat(bias, 2))
+        out, lse = attend(rows, lists, batch=call.batch, scale=s.scale, dropout=call.dropout)
+        out, lse = out.view(shape).to(call.dtype), lse.view(shape[:-1])
+    for level, (pooled, cell) in enumerate(_pooled_queries(call, query)):
+        part, part_lse = _attend_level(call, level, pooled)
+        out, lse = _merge(out, lse, part.index_select(2, cell), part_lse.index_select(2, cell))
+    return out.to(query.dtype), lse
+
+
+def _pooled_queries(call: _Call, query: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Per level the query cells [B, Hq, groups * Pq, D], group by group, and the cell of each slot [slots]."""
+    layout = call.query_layout()
+    counts = pyramid.count(call.valid, layout, call.levels)
+    query = query.masked_fill(~call.valid[:, None, :, None], 0.0)
+    cells = pyramid.means(query, layout, counts, call.levels)
+    return [
+        (pyramid.to_groups(x, layout, level).flatten(2, 3), _cell_of_slot(layout, level, query.device))
+        for level, x in enumerate(cells, start=1)
+    ]
+
+
+def _cell_of_slot(layout: Geometry, level: int, device: torch.device) -> Tensor:
+    """[slots] index of the cell of ``level`` that holds each slot, counted group by group."""
+    split = [n for pair in zip(layout.group_counts(level), layout.rank, strict=True) for n in pair]
+    index = torch.arange(layout.group_total(level) * layout.cells_per_group, device=device).double()
+    cells = pyramid.to_cells(index.view(1, 1, layout.group_total(level), -1, 1), layout, level)[0, 0, ..., 0]
+    assert list(cells.shape) == [a * b for a, b in zip(split[::2], split[1::2], strict=True)]
+    for axis, side in enumerate(layout.cell_side(level)):
+        cells = cells.repeat_interleave(side, axis)
+    leaf = [(c, m) for c, m in zip(layout.group_counts(1), layout.block, strict=True)]
+    cells = cells[tuple(slice(0, c * m) for c, m in leaf)]
+    for axis, (c, m) in enumerate(leaf):
+        cells = cells.unflatten(2 * axis, (c, m))
+    order = [*range(0, 2 * len(leaf), 2), *range(1, 2 * len(leaf), 2)]
+    return cells.permute(order).reshape(-1).long()
+
+
+def _attend_level(call: _Call, level: int, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    per_group = pooled.shape[2] // call.layout.group_total(level + 1)
+    lists = call.level_lists(level, pooled.shape[1])
+    if not lists.width:
+        return torch.zeros_like(pooled), pooled.new_full(pooled.shape[:-1], -torch.inf, dtype=call.dtype)
+    dropout = None if call.dropout is None else Dropout(call.dropout.rate, call.dropout.seed + level + 1)
+    out, lse = attend(call.units(pooled, per_group), lists, batch=call.batch, scale=call.s.scale, dropout=dropout)
+    return out.view(pooled.shape), lse.view(pooled.shape[:-1])
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two disjoint parts of one softmax."""
+    joint = torch.logaddexp(lse, other_lse)
+    safe = joint.masked_fill(joint == -torch.inf, 0.0)
+    return out * (lse - safe).exp()[..., None] + other * (other_lse - safe).exp()[..., None], joint
+
+
+def backward(
+    s: Settings,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    level_bias: Tensor | None,
+    seed: Tensor | None,
+    weights: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of query, key, value, level_bias (an empty tensor where there is none) and of each weight, in this order."""
+    if query.shape[0] == 0:
+        bias = query.new_zeros(0) if level_bias is None else torch.zeros_like(level_bias)
+        return [*(torch.zeros_like(x) for x in (query, key, value)), bias, *(torch.zeros_like(w) for w in weights)]
+    call = _Call(s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+    lse = call.blocks(lse[..., None])[..., 0]
+    hidden = lse == -torch.inf
+    delta = (grad_out.to(call.dtype) * out.to(call.dtype)).sum(-1) - grad_lse.to(call.dtype)
+    delta = call.blocks(delta[..., None])[..., 0].masked_fill(hidden, 0.0)
+    grads = _Totals(call, level_bias)
+    grad_query = _backward(call, grads, call.blocks(grad_out), delta, call.blocks(query), lse)
+    grad_weights = grads.finish()
+    return [
+        call.tokens(grad_query).to(query.dtype),
+        call.tokens(grads.key).to(key.dtype),
+        call.tokens(grads.value).to(value.dtype),
+        query.new_empty(0) if level_bias is None or grads.bias is None else grads.bias.to(level_bias.dtype),
+        *(g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)),
+    ]
+
+
+class _Totals:
+    """Gradients with respect to tokens, cells and biases, collected from the calls of :func:`attend_backward`."""
+
+    def __init__(self, call: _Call, level_bias: Tensor | None) -> None:
+        self.call = call
+        self.key = torch.zeros((), dtype=call.dtype)
+        self.value = self.key
+        self.cells: list[list[Tensor]] = [[torch.zeros_like(x) for x in side] for side in ([], [])]
+        self.bias = None if level_bias is None else torch.zeros_like(level_bias, dtype=call.dtype)
+
+    def tokens(self, grads: Gradients) -> None:
+        shape = self.call.key.shape
+        key, value = grads.keys[0], grads.values[0]
+        assert key is not None and value is not None
+        self.key, self.value = key.view(shape), value.view(shape)
+
+    def levels(self, keys: Tensor | None, values: Tensor | None) -> None:
+        """Of all levels, concatenated as :meth:`_Call.lists` does."""
+        assert keys is not None and values is not None
+        sizes = [self.call.layout.group_total(level + 1) for level in range(self.call.levels)]
+        for side, (whole, like) in enumerate(((keys, self.call.pyramid.keys), (values, self.call.pyramid.values))):
+            self.cells[side] = [x.reshape(y.shape) for x, y in zip(whole.split(sizes, 1), like, strict=True)]
+
+    def level(self, level: int, grads: Gradients) -> None:
+        """Of the next level, on its own."""
+        pairs = ((grads.keys[0], self.call.pyramid.keys), (grads.values[0], self.call.pyramid.values))
+        for side, (grad, like) in enumerate(pairs):
+            assert grad is not None
+            self.cells[side].append(grad.view(like[level].shape))
+
+    def head_bias(self, grad: Tensor | None, level_of_key: list[int | None]) -> None:
+        if grad is None or self.bias is None:
+            return
+        flat = grad.flatten(0, 1)
+        for level in range(self.call.levels):
+            columns = [i for i, of in enumerate(level_of_key) if of == level]
+            if columns:
+                self.bias[level] += flat[:, columns].sum(1)
+
+    def finish(self) -> list[Tensor]:
+        """Sends the gradients of the cells down to the tokens; returns those of the weights."""
+        call = self.call
+        if self.key.dim() == 0:
+            self.key = torch.zeros_like(call.key, dtype=call.dtype)
+            self.value = torch.zeros_like(call.value, dtype=call.dtype)
+        sides = [
+            [torch.zeros_like(x, dtype=call.dtype) for x in like] if not have else have
+            for have, like in zip(self.cells, (call.pyramid.keys, call.pyramid.values), strict=True)
+        ]
+        grads = Pyramid(tuple(sides[0]), tuple(sides[1]))
+        sink = call.plan.is_sink
+        key, value = self.key, self.value
+        if sink is not None:
+            key, value = torch.zeros_like(key), torch.zeros_like(value)
+        weights = pyramid.down(
+            call.summary, call.cell_keys, call.cell_values, call.in_cells, call.counts, call.layout, grads, key, value
+        )
+        if sink is not None:
+            self.key.add_(key.masked_fill_(sink[:, None], 0.0))
+            self.value.add_(value.masked_fill_(sink[:, None], 0.0))
+        if call.key_mask is not None:
+            hidden = ~call.valid[:, None, :, None]
+            self.key.masked_fill_(hidden, 0.0)
+            self.value.masked_fill_(hidden, 0.0)
+        return weights
+
+
+def _backward(call: _Call, totals: _Totals, grad_out: Tensor, delta: Tensor, query: Tensor, lse: Tensor) -> Tensor:
+    """Gradient of the query in block order; the others go to ``totals``."""
+    s, size = call.s, call.layout.block_tokens
+    rows, grad_rows = call.units(query, size), call.units(grad_out, size)
+    lse_rows, delta_rows = (call.units(x[..., None], size)[..., 0] for x in (lse, delta))
+    if s.query_rank is None:
+        lists, level_of_key = call.lists(query.shape[1])
+        if not lists.stores:
+            return torch.zeros_like(query)
+        tokens = (2 if call.plan.sinks is not None else 1) if s.near else 0
+        owner = (0, *(i if i >= tokens else 0 for i in range(1, len(lists.stores))))
+        grads = attend_backward(
+            grad_rows,
+            delta_rows,
+            rows,
+            lse_rows,
+            lists,
+            batch=call.batch,
+            scale=s.scale,
+            dropout=call.dropout,
+            shared=owner,
+        )
+        if s.near:
+            totals.tokens(grads)
+        if len(lists.stores) > tokens:
+            totals.levels(grads.keys[-1], grads.values[-1])
+        totals.head_bias(grads.head_bias, level_of_key)
+        return grads.query.view(query.shape)
+    grad_query = torch.zeros_like(query, dtype=call.dtype)
+    if s.near:
+        stores, bias = call.token_lists()
+        grads = attend_backward(
+            grad_rows,
+            delta_rows,
+            rows,
+            lse_rows,
+            Lists(tuple(stores), torch.cat(bias, 2)),
+            batch=call.batch,
+            scale=s.scale,
+            dropout=call.dropout,
+            shared=(0,) * len(stores),
+        )
+        totals.tokens(grads)
+        grad_query += grads.query.view(query.shape)
+    grad_cells = []
+    for level, (pooled, cell) in enumerate(_pooled_queries(call, query)):
+        part_lse = _attend_level(call, level, pooled)[1]
+        per_group = pooled.shape[2] // call.layout.group_total(level + 1)
+        lists = call.level_lists(level, pooled.shape[1])
+        if not lists.width:
+            grad_cells.append(torch.zeros_like(pooled, dtype=call.dtype))
+            for side, like in enumerate((call.pyramid.keys, call.pyramid.values)):
+                totals.cells[side].append(torch.zeros_like(like[level]))
+            continue
+        # A cell's weights, taken with its own lse, are shared by its tokens up to a factor
+        # exp(lse of the cell - lse of the token) <= 1.
+        share = (part_lse.index_select(2, cell) - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
+        seen = grad_out.to(call.dtype) * share[..., None]
+        grad_pooled = pooled.new_zeros(pooled.shape, dtype=call.dtype).index_add_(2, cell, seen)
+        delta_pooled = pooled.new_zeros(pooled.shape[:-1], dtype=call.dtype).index_add_(2, cell, delta * share)
+        dropout = None if call.dropout is None else Dropout(call.dropout.rate, call.dropout.seed + level + 1)
+        grads = attend_backward(
+            call.units(grad_pooled, per_group),
+            call.units(delta_pooled[..., None], per_group)[..., 0],
+            call.units(pooled, per_group),
+            call.units(part_lse[..., None], per_group)[..., 0],
+            lists,
+            batch=call.batch,
+            scale=s.scale,
+            dropout=dropout,
+        )
+        grad_cells.append(grads.query.reshape(pooled.shape))
+        totals.level(level, grads)
+        totals.head_bias(grads.head_bias, [level] * lists.width)
+    if grad_cells:
+        layout = call.query_layout()
+        counts = pyramid.count(call.valid, layout, call.levels)
+        into = torch.zeros_like(grad_query)
+        cells = [
+            pyramid.to_cells(g.unflatten(2, (layout.group_total(level), -1)).to(call.dtype), layout, level)
+            for level, g in enumerate(grad_cells, start=1)
+        ]
+        pyramid.means_down(cells, layout, counts, into)
+        grad_query += into.masked_fill_(~call.valid[:, None, :, None], 0.0)
+    return grad_query

@@ -1,0 +1,216 @@
+"""The fast engine, on any device: tiles of queries over runs of keys, forward and backward, as custom operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farfield.merge import AttentionState
+from farfield.ops.tiles import Dropout, Lists, Store, attend, attend_backward, compute_dtype
+from farfield.ops.window.plan import Plan, window_plan
+
+__all__ = ["window"]
+
+
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(2, index)
+
+
+def _plan(
+    query: Tensor,
+    cu_seqlens: Tensor | None,
+    grid: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    causal: Sequence[bool],
+) -> Plan:
+    bounds = None
+    if cu_seqlens is not None:
+        bounds = tuple(cu_seqlens.tolist())
+        if bounds[0] != 0 or bounds[-1] != grid[0] or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(f"cu_seqlens={list(bounds)}: it must rise from 0 to N={grid[0]}")
+    return window_plan(
+        tuple(int(n) for n in grid),
+        tuple(size),
+        tuple(stride),
+        tuple(dilation),
+        tuple(bool(c) for c in causal),
+        bounds,
+        query.device,
+    )
+
+
+def _tiles(x: Tensor, plan: Plan, kv_heads: int) -> Tensor:
+    """[B, Hq, N, D] to [B * Hkv, r, U, M, D]."""
+    batch, heads = x.shape[:2]
+    laid = _take(x, plan.query_token)
+    return laid.reshape(batch * kv_heads, heads // kv_heads, plan.units, plan.rows, *x.shape[3:])
+
+
+def _gradient_tiles(x: Tensor, plan: Plan, kv_heads: int) -> Tensor:
+    """As :func:`_tiles`, with 0 at places that hold no token of their own, so that no token counts twice."""
+    laid = _take(x, plan.query_token)
+    if plan.spare is not None:
+        laid = laid.index_fill(2, plan.spare, 0.0)
+    return laid.reshape(x.shape[0] * kv_heads, x.shape[1] // kv_heads, plan.units, plan.rows, *x.shape[3:])
+
+
+def _tokens(x: Tensor, plan: Plan, like: Tensor) -> Tensor:
+    """The inverse of :func:`_tiles`, for a query-like tensor."""
+    flat = x.reshape(*like.shape[:2], plan.units * plan.rows, *x.shape[4:])
+    return _take(flat, plan.query_place)
+
+
+def _lists(key: Tensor, value: Tensor, key_mask: Tensor | None, plan: Plan) -> Lists:
+    groups, dim = key.shape[0] * key.shape[1], key.shape[3]
+
+    def rows(x: Tensor) -> Tensor:
+        return _take(x, plan.key_token).reshape(groups, -1, plan.width, dim).contiguous()
+
+    hidden = None if plan.outside is None else plan.outside[None]
+    if key_mask is not None:
+        places = key_mask if plan.key_token is None else key_mask.index_select(1, plan.key_token)
+        masked = ~places.view(len(places), -1, plan.width)[:, plan.table].flatten(2)
+        hidden = masked if hidden is None else hidden | masked
+    bias = None
+    if hidden is not None:
+        bias = torch.zeros(hidden.shape, dtype=compute_dtype(key.dtype), device=key.device)
+        bias.masked_fill_(hidden, float("-inf"))
+    store = Store(rows(key), rows(value), plan.table)
+    return Lists((store,), key_bias=bias, row_bias=plan.row_bias, row_class=plan.row_class)
+
+
+def _dropout(seed: Tensor | None, rate: float) -> Dropout | None:
+    return None if seed is None else Dropout(rate, int(seed.item()))
+
+
+@torch.library.custom_op("farfield::window", mutates_args=())
+def window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    grid: list[int],
+    size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    causal: list[bool],
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, D] and lse [B, Hq, N]; see :func:`farfield.ops.window.window_attention`."""
+    plan = _plan(query, cu_seqlens, grid, size, stride, dilation, causal)
+    out, lse = attend(
+        _tiles(query, plan, key.shape[1]),
+        _lists(key, value, key_mask, plan),
+        batch=query.shape[0],
+        scale=scale,
+        dropout=_dropout(seed, dropout),
+    )
+    return _tokens(out, plan, query).contiguous(), _tokens(lse, plan, query).contiguous()
+
+
+@window.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
+
+
+@torch.library.custom_op("farfield::window_backward", mutates_args=())
+def window_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    grid: list[int],
+    size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    causal: list[bool],
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    plan = _plan(query, cu_seqlens, grid, size, stride, dilation, causal)
+    kv_heads = key.shape[1]
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - grad_lse
+    # A query that sees nothing has a constant output, whatever gradient arrives at its log-sum-exp.
+    delta = delta.masked_fill(lse == float("-inf"), 0.0)
+    grads = attend_backward(
+        _gradient_tiles(grad_out, plan, kv_heads),
+        _gradient_tiles(delta, plan, kv_heads),
+        _tiles(query, plan, kv_heads),
+        _tiles(lse, plan, kv_heads),
+        _lists(key, value, key_mask, plan),
+        batch=query.shape[0],
+        scale=scale,
+        dropout=_dropout(seed, dropout),
+    )
+
+    def tokens(rows: Tensor | None, like: Tensor) -> Tensor:
+        assert rows is not None
+        flat = rows.reshape(*like.shape[:2], -1, like.shape[3])
+        return _take(flat, plan.key_place).to(like.dtype).contiguous()
+
+    return _tokens(grads.query, plan, query).contiguous(), tokens(grads.keys[0], key), tokens(grads.values[0], value)
+
+
+@window_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, grid, size, stride, dilation, causal, scale, dropout = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.settings = (grid, size, stride, dilation, causal, scale, dropout)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    query, key, value, key_mask, cu_seqlens, seed, out, lse = ctx.saved_tensors
+    grads = window_backward(grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, seed, *ctx.settings)
+    return (*grads, None, None, None, *(None for _ in ctx.settings))
+
+
+window.register_autograd(_backward, setup_context=_setup)
+
+
+def attend_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, ...],
+    window_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    causal: tuple[bool, ...],
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> AttentionState:
+    """The operator of :func:`farfield.ops.window.window_attention`, on checked arguments."""
+    seed = torch.randint(1 << 62, (1,)) if dropout > 0 else None
+    settings = [list(grid), list(window_size), list(stride), list(dilation), list(causal)]
+    return AttentionState(*window(query, key, value, key_mask, cu_seqlens, seed, *settings, scale, dropout))

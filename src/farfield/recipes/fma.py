@@ -1,0 +1,51 @@
+"""fma: Fast Multipole Attention, near blocks and a pyramid of summaries in one softmax."""
+
+from __future__ import annotations
+
+from farfield.far.pyramid import Pyramid
+from farfield.near.blocks import Blocks
+from farfield.recipes.registry import Parts, Recipe, Setting
+
+__all__ = ["RECIPE"]
+
+
+def _parts(
+    setting: Setting,
+    block: int | tuple[int, ...] = 64,
+    rank: int | tuple[int, ...] = 8,
+    summary: str = Pyramid.summary,
+    levels: int | None = None,
+    count_bias: bool = True,
+    query_rank: int | tuple[int, ...] | None = None,
+    sinks: int = 0,
+    bias: float | None = Pyramid.bias,
+    rotate: str = Pyramid.rope,
+    grid: tuple[int, ...] | None = None,
+) -> Parts:
+    far = Pyramid(
+        rank,
+        summary=summary,
+        levels=levels,
+        count_bias=count_bias,
+        query_rank=query_rank,
+        sinks=sinks,
+        bias=bias,
+        rope=rotate,
+        grid=grid,
+    )
+    return Parts(near=Blocks(block), far=far, merge="softmax")
+
+
+RECIPE = Recipe(
+    name="fma",
+    title="fast multipole attention: exact near blocks, summaries of growing groups farther away",
+    citation="Kang, Tran, De Sterck, Fast Multipole Attention, arXiv 2310.11960",
+    near="own and adjacent blocks of block tokens",
+    far="pyramid, rank summaries per group",
+    merge="softmax",
+    cost="n·(3·block + rank·log(n/block))",
+    dims=(1, 2, 3),
+    causal=True,
+    proof="tests/recipes/test_fma.py::test_equals_the_reference_engine",
+    parts=_parts,
+)

@@ -1,0 +1,1 @@
+"""Training small models: the loop, its evaluation, checkpoints and sampling."""

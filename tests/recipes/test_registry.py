@@ -1,0 +1,77 @@
+"""The table of recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from farfield import recipes
+from farfield.attention import Attention
+from farfield.far import Linear
+from farfield.near import Window
+
+
+def test_the_recipes_and_their_proofs() -> None:
+    assert {"dense", "window", "fma", "blocks", "transformer_ls", "agent", "l2vit"} <= set(recipes.names())
+    root = Path(__file__).parents[2]
+    for name in recipes.names():
+        recipe = recipes.get(name)
+        assert recipe.name == name and "arXiv" in recipe.citation
+        path, test = recipe.proof.split("::")
+        assert f"def {test}(" in (root / path).read_text(), f"the proof of {name} is missing"
+        assert recipe.status == "tested"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("layer", [0, 1])
+def test_every_recipe_builds_and_learns(name: str, layer: int) -> None:
+    recipe = recipes.get(name)
+    for causal in {False, recipe.causal}:
+        attention = recipes.build(name, 16, 4, causal=causal, layer=layer, rope=100.0, num_kv_heads=2)
+        assert isinstance(attention, Attention)
+        x = torch.randn(1, 70, 16)
+        attention(x).square().mean().backward()
+        assert all(p.grad is not None for p in attention.parameters())
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_works_on_images_and_volumes(name: str) -> None:
+    small = {"block": 4, "rank": 2}
+    options = {key: value for key, value in small.items() if key in recipes.options(name)}
+    for dims, grid in ((2, (9, 10)), (3, (5, 4, 6))):
+        attention = recipes.build(name, 16, 4, dims=dims, **options)
+        x = torch.randn(1, torch.Size(grid).numel(), 16)
+        assert attention(x, grid=grid).shape == x.shape
+
+
+def test_unknown_names_and_options_are_refused_with_what_is_known() -> None:
+    with pytest.raises(ValueError, match=r"unknown recipe 'windw'; did you mean 'window'\?.*dense, window, fma"):
+        recipes.get("windw")
+    with pytest.raises(ValueError, match=r"unknown recipe 'xyzzy'\..*dense, window, fma"):
+        recipes.get("xyzzy")
+    with pytest.raises(TypeError, match=r"'window' has no option rank=8; its options: block=64, size=None"):
+        recipes.build("window", 16, 4, rank=8)
+    with pytest.raises(TypeError, match=r"'dense' has no option block=64; its options: none"):
+        recipes.build("dense", 16, 4, block=64)
+    with pytest.raises(ValueError, match="'agent' cannot be causal"):
+        recipes.build("agent", 16, 4, causal=True)
+    with pytest.raises(ValueError, match="dims=4 was asked for"):
+        recipes.build("dense", 16, 4, dims=4)
+
+
+def test_options_and_their_defaults() -> None:
+    assert recipes.options("dense") == {}
+    assert recipes.options("window") == {"block": 64, "size": None, "stride": 1, "dilation": 1}
+    assert recipes.options("fma")["block"] == 64 and recipes.options("fma")["rank"] == 8
+
+
+def test_the_default_window_reads_as_many_keys_as_the_near_field_of_fma() -> None:
+    assert recipes.build("window", 16, 4, causal=True).near_spec == Window(96)
+    assert recipes.build("window", 16, 4).near_spec == Window(192)
+
+
+def test_l2vit_alternates() -> None:
+    assert recipes.build("l2vit", 16, 4, layer=2).near_spec == Window(7, stride=7)
+    assert recipes.build("l2vit", 16, 4, layer=3).far_spec == Linear("relu", floor=100.0, temperature=True)
