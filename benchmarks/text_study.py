@@ -1,5 +1,4 @@
-"""Trains the same small language model with variants of an attention and prints held-out bits per byte, with the
-spread over seeds.
+"""Trains one small language model with variants of an attention; held-out bits per byte and their spread over seeds.
 
     python benchmarks/text_study.py --out runs/study --steps 600 --context 4096 --seeds 0,1,2 \
         near=blocks window=window fma=fma mean=fma:summary=mean cells=fma:rotate=cells
@@ -42,7 +41,10 @@ def parse_variant(text: str) -> tuple[str, str, dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", help="LABEL=RECIPE[:OPTION=VALUE...]")
-    parser.add_argument("--text", action="append", help="file, folder or glob, may be given again; default: the standard library's sources"
+    parser.add_argument(
+        "--text",
+        action="append",
+        help="file, folder or glob, may be given again; default: the standard library's sources",
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int)

@@ -57,9 +57,10 @@ def check_divides(name: str, rank: tuple[int, ...], block: tuple[int, ...]) -> N
 
 
 def default_levels(grid: Sequence[int], block: Sequence[int]) -> int:
-    """Levels of the published hierarchy: 0 if every axis has at most 2 blocks, otherwise the least number of levels
-    (>= 1) whose
-    top level has at most 4 groups on every axis. For n / block a power of two this is log2(n / block) - 1.
+    """Levels of the published hierarchy.
+
+    0 if every axis has at most 2 blocks, otherwise the least number of levels (>= 1) whose top level has at most 4
+    groups on every axis. For n / block a power of two this is log2(n / block) - 1.
     """
     counts = [-(-n // m) for n, m in zip(grid, block, strict=True)]
     if max(counts) <= 2:
@@ -82,10 +83,12 @@ class Geometry:
 
     @property
     def dims(self) -> int:
+        """Axes of the grid."""
         return len(self.grid)
 
     @property
     def tokens(self) -> int:
+        """N, tokens of the grid."""
         return prod(self.grid)
 
     @property
@@ -95,6 +98,7 @@ class Geometry:
 
     @property
     def cells_per_group(self) -> int:
+        """P, cells into which a group is cut."""
         return prod(self.rank)
 
     def group_side(self, level: int) -> tuple[int, ...]:
@@ -106,6 +110,7 @@ class Geometry:
         return tuple(-(-n // g) for n, g in zip(self.grid, self.group_side(level), strict=True))
 
     def group_total(self, level: int) -> int:
+        """Groups of ``level``."""
         return prod(self.group_counts(level))
 
     def cell_side(self, level: int) -> tuple[int, ...]:
@@ -124,33 +129,37 @@ class Geometry:
 
     def near_list(self, causal: bool = False) -> Ints:
         """[blocks, places] the leaf blocks whose tokens a block sees exactly; the block itself is always in place 0."""
-        counts = np.array(self.group_counts(1))
-        own = np.indices(counts).reshape(self.dims, -1).T
+        own = self._places(1)
         steps = [s for s in itertools.product((0, -1, 1), repeat=self.dims) if not (causal and s > (0,))]
         other = own[:, None, :] + np.array(steps)
-        inside = ((other >= 0) & (other < counts)).all(-1)
-        flat = np.ravel_multi_index(tuple(np.moveaxis(other, -1, 0)), tuple(counts), mode="clip")
-        return _compact(flat, inside)
+        return _compact(*self._numbers(other, 1))
 
     def far_list(self, level: int, causal: bool = False) -> Ints:
-        """[groups of level, places] the interaction list of every group of ``level``; unused places hold :data:`EMPTY`."""
-        counts = np.array(self.group_counts(level))
-        own = np.indices(counts).reshape(self.dims, -1).T
+        """[groups of level, places] the interaction list of every group of ``level``, :data:`EMPTY` where unused."""
+        own = self._places(level)
         if level == self.levels:
             other = np.broadcast_to(own[None], (len(own), *own.shape))
         else:
             children = np.array(list(itertools.product(range(-2, 4), repeat=self.dims)))
             other = (own // 2 * 2)[:, None, :] + children
-        inside = ((other >= 0) & (other < counts)).all(-1)
         far = (np.abs(other - own[:, None, :]) > 1).any(-1)
         if causal:
             far &= other[..., 0] < own[:, None, 0]
-        flat = np.ravel_multi_index(tuple(np.moveaxis(other, -1, 0)), tuple(counts), mode="clip")
-        return _compact(flat, inside & far)
+        number, inside = self._numbers(other, level)
+        return _compact(number, inside & far)
+
+    def _places(self, level: int) -> Ints:
+        """[groups, dims] where every group of ``level`` lies, row-major."""
+        return np.indices(self.group_counts(level), dtype=np.int64).reshape(self.dims, -1).T
+
+    def _numbers(self, places: Ints, level: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """Row-major numbers of groups of ``level`` at ``places`` [.., dims], and which of them lie in the grid."""
+        counts = self.group_counts(level)
+        inside = ((places >= 0) & (places < np.array(counts))).all(-1)
+        return np.ravel_multi_index(tuple(np.moveaxis(places, -1, 0)), counts, mode="clip"), inside
 
     def token_of_slot(self) -> Ints:
-        """[blocks * block_tokens] the token (row-major in the grid) at each slot of the block order; :data:`EMPTY`
-        outside.
+        """[blocks * block_tokens] the token (row-major in the grid) at each slot, :data:`EMPTY` outside the grid.
 
         The block order keeps the tokens of a leaf block together, blocks row-major and tokens row-major in the block.
         """

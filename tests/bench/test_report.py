@@ -144,11 +144,14 @@ def test_tables_fit_a_terminal() -> None:
     outcome = make_outcome(seeds=2)
     assert outcome.cost is not None
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(result_table(outcome), position_table(outcome), cost_table(outcome.cost))
+    console.print(result_table(outcome), position_table(outcome))
+    console.print(cost_table(outcome.cost, "time"), cost_table(outcome.cost, "memory"))
     text = console.export_text()
     assert "…" not in text
     assert "2.005 ± 0.007" in text
     assert "max−min" in text
+    assert "30 ms" in text
+    assert "4 MiB" in text
 
 
 @pytest.mark.parametrize(("value", "said"), [(None, "–"), (5 * 2**20, "5 MiB"), (3 * 2**30, "3.0 GiB")])

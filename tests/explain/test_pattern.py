@@ -28,12 +28,13 @@ def test_a_causal_window_is_a_band() -> None:
 
 def test_the_default_window_reads_as_much_as_fma_reads_exactly() -> None:
     near, window = (pattern(name, 2048, block=16) for name in ("blocks", "window"))
-    assert window.exact_per_query == pytest.approx(near.exact_per_query, rel=0.02)
+    assert window.exact_per_query == pytest.approx(near.exact_per_query, rel=0.05)
 
 
 def test_fma_written_out_by_hand() -> None:
     codes = visibility("fma", 32, causal=True, block=4, rank=2)
-    # Query 25 is in block 6: blocks 5 and 6 exactly, block 4 (the parent's neighbour's child) at level 1, blocks 0-3 at level 2.
+    # Query 25 is in block 6: blocks 5 and 6 exactly, block 4 (a child of the parent's neighbour) at level 1, blocks 0-3
+    # at level 2.
     assert codes[25].tolist() == [2] * 16 + [1] * 4 + [0] * 6 + [-1] * 6
 
 
@@ -92,7 +93,7 @@ def test_windows_are_what_the_operator_reads(
 ) -> None:
     seen = pattern_of_parts("window", Window(size, stride, dilation), None, grid, causal).codes == EXACT
     n = len(seen)
-    q, k = torch.randn(2, 1, 1, n, 4)
+    q, k = torch.randn(2, 1, 1, n, n)
     values = torch.eye(n)[None, None]
     out = window_attention(
         q, k, values, window=size, grid=grid, stride=stride, dilation=dilation, causal=causal

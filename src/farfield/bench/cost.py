@@ -150,7 +150,7 @@ def measure(
             ahead = _TURN * call * (2 if call > _LONG else 1 + repeats)
             reason = _refuse(candidate, length, call_limit, memory_limit, device)
             if reason is None and ahead > left and candidate.calls:
-                reason = f"{length:,} would not fit in what was left of {budget:g} s for all measurements"
+                reason = f"{length:,} would not fit in the {budget:g} s for all measurements"
             if reason is None:
                 left -= ahead
             else:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from farfield.bench.compare import RunResult
 from farfield.bench.cost import Cost
@@ -94,8 +94,9 @@ def loss_figure(runs: Sequence[RunResult], yardsticks: Mapping[str, float], styl
             for name, bits in yardsticks.items():
                 if low < bits < high:
                     axes.axhline(bits, color=MUTED, linewidth=0.9, linestyle=(0, (2, 3)))
-                    axes.text(0.995, bits, f"{name} on the held-out text", transform=axes.get_yaxis_transform(),
-                              ha="right", va="bottom", fontsize=7.5, color=MUTED)  # fmt: skip
+                    # On the left, where the lines are still far above.
+                    axes.text(0.012, bits, f"{name} on the held-out text", transform=axes.get_yaxis_transform(),
+                              ha="left", va="bottom", fontsize=7.5, color=MUTED)  # fmt: skip
             axes.set_xlabel(label)
             axes.set_xlim(left=0)
             axes.set_ylim(low, high)
@@ -200,8 +201,9 @@ def cost_figure(cost: Cost, style: Looks) -> Figure:
         for axes in panels:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v < 1000 else f"{v:,.0f}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
+            axes.yaxis.set_minor_locator(NullLocator())
             _powers(axes, [p.length for p in cost.points])
             axes.set_xlabel("length in tokens")
             _tidy(axes)

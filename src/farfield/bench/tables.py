@@ -53,8 +53,12 @@ def rows_of(summaries: Sequence[Summary]) -> list[list[str]]:
     ]
 
 
+_LENGTHS = 7
+"""Lengths that fit a terminal of 80 columns; the report has all."""
+
+
 def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def result_table(outcome: Outcome) -> Table:
@@ -63,7 +67,7 @@ def result_table(outcome: Outcome) -> Table:
     several = any(s.runs > 1 for s in summaries)
     table = _table()
     table.add_column("attention", no_wrap=True)
-    for name in ("bits/byte", *(["max−min"] if several else []), "steps", "tokens/s", "peak memory", "parameters"):
+    for name in ("bits/byte", *(["max−min"] if several else []), "steps", "tokens/s", "memory", "params"):
         table.add_column(name, justify="right", no_wrap=True)
     for n, (s, cells) in enumerate(zip(summaries, rows_of(summaries), strict=True)):
         _, bits, spread, steps, _, speed, memory, parameters = cells
@@ -84,20 +88,27 @@ def position_table(outcome: Outcome) -> Table:
     return table
 
 
-def cost_table(cost: Cost) -> Table:
-    """Forward and backward time and memory of one layer by length, for the terminal."""
-    names = list(dict.fromkeys(p.attention for p in cost.points))
+def cost_table(cost: Cost, quantity: str = "time") -> Table:
+    """Time or memory of forward and backward through one layer, attentions down, lengths across.
+
+    Args:
+        cost: the measurements.
+        quantity: "time" or "memory".
+    """
+    lengths = sorted({p.length for p in cost.points})[-_LENGTHS:]
     table = _table()
-    table.add_column("length", justify="right", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for length in sorted({p.length for p in cost.points}):
-        here = {p.attention: p for p in cost.points if p.length == length}
-        table.add_row(
-            f"{length:,}",
-            *(
-                f"{seconds_in_words(here[n].both)}  {bytes_in_words(here[n].memory)}" if n in here else "–"
-                for n in names
-            ),
-        )
+    table.add_column("attention", no_wrap=True)
+    for length in lengths:
+        table.add_column(short(length), justify="right", no_wrap=True)
+    for name in dict.fromkeys(p.attention for p in cost.points):
+        here = {p.length: p for p in cost.of(name)}
+        said = [
+            "–"
+            if n not in here
+            else seconds_in_words(here[n].both)
+            if quantity == "time"
+            else bytes_in_words(here[n].memory)
+            for n in lengths
+        ]
+        table.add_row(name, *said)
     return table

@@ -193,8 +193,10 @@ def _print_outcome(console: Console, outcome: Outcome, report: Path) -> None:
         console.print("[bold]bits per byte by position in the context[/bold]")
         console.print(position_table(outcome))
     if outcome.cost is not None and outcome.cost.points:
-        console.print("[bold]one attention layer, forward and backward[/bold]")
-        console.print(cost_table(outcome.cost))
+        console.print("[bold]one attention layer by length, forward and backward: time, then memory[/bold]")
+        console.print(cost_table(outcome.cost, "time"))
+        if any(point.memory is not None for point in outcome.cost.points):
+            console.print(cost_table(outcome.cost, "memory"))
     lines = Text(verdict.headline, style="bold")
     for detail in verdict.details:
         lines.append(f"\n{detail}", style="not bold")
@@ -207,7 +209,8 @@ def _print_outcome(console: Console, outcome: Outcome, report: Path) -> None:
         )
     if outcome.interrupted:
         console.print(
-            f"interrupted; the same command with --resume --out {escape(str(report.parent))} makes what is missing"
+            f"interrupted; the same command with --resume --out {escape(str(report.parent))} makes what is missing",
+            soft_wrap=True,
         )
     console.print(f"report: {escape(str(report))}", soft_wrap=True)
 

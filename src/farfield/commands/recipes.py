@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
 
 __all__ = ["recipe_rows", "recipes_command"]
 
-_COLUMNS = ("name", "near", "far", "merge", "cost", "causal", "status", "citation")
+_COLUMNS = ("name", "near", "far", "merge", "cost", "causal", "status", "arXiv")
 
 
 def recipe_rows() -> list[dict[str, Any]]:
@@ -46,14 +47,17 @@ def recipes_command(
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="Attention recipes", title_justify="left", show_lines=False)
+    table = Table(title="Attention recipes", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), leading=1)
     for column in _COLUMNS:
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
+        table.add_column(column, overflow="fold", no_wrap=column not in ("near", "far", "cost"))
     for row in rows:
-        shown = {**row, "causal": "yes" if row["causal"] else "no"}
+        paper = re.search(r"arXiv (\S+)", row["citation"])
+        shown = {**row, "causal": "yes" if row["causal"] else "no", "arXiv": paper and paper[1]}
         table.add_row(*(escape(str(shown[column] or "-")) for column in _COLUMNS))
     Console().print(table)
+    Console().print("--json adds citations, options, dimensions and the test that proves each.", style="dim")

@@ -30,17 +30,16 @@ MAX_LEVELS = 32
 """Rows of the learned bias: enough for 2**32 leaf blocks on an axis."""
 
 FAST = 10.0
-"""The level bias is stored divided by this, so that Adam, whose steps do not depend on scale, moves it ten times as far."""
+"""The level bias is stored divided by this: Adam's steps do not depend on scale, so it moves ten times as far."""
 
 
 @dataclass(frozen=True)
 class Pyramid(FarPart):
-    """Far tokens through summaries of groups that double in side from level to level (Fast Multipole Attention, arXiv
-    2310.11960).
+    """Far tokens through summaries of groups that double in side from level to level.
 
     The exact complement of the near field :class:`farfield.near.Blocks`: every token is seen once, itself or in one
     summary. With merge="softmax" both are computed by one operator. Causal-safe, since far groups are complete and
-    strictly past.
+    strictly past. Source: Fast Multipole Attention, arXiv 2310.11960.
 
     Args:
         rank: summaries of a group per axis; divides the block.
@@ -77,8 +76,8 @@ class Pyramid(FarPart):
             raise ValueError(f"Pyramid(rope={self.rope!r}): 'tokens' or 'cells' would be accepted")
         if (self.grid is not None) != (self.summary == "learned"):
             raise ValueError(
-                f"Pyramid(summary={self.summary!r}, grid={self.grid!r}): learned summaries need the grid they are made for, "
-                "the others work on any"
+                f"Pyramid(summary={self.summary!r}, grid={self.grid!r}): "
+                "learned summaries need the grid they are made for, the others work on any"
             )
         if self.sinks < 0:
             raise ValueError(f"Pyramid(sinks={self.sinks}): a number of leading tokens >= 0 would be accepted")
@@ -103,8 +102,8 @@ class Pyramid(FarPart):
         """See :class:`farfield.parts.Part`."""
         if not isinstance(near, Blocks):
             raise ValueError(
-                f"far={self!r} with near={near!r}: its interaction lists are the complement of leaf blocks, anything else would "
-                "see tokens twice or never; use near=Blocks(...)"
+                f"far={self!r} with near={near!r}: its interaction lists are the complement of leaf blocks, "
+                "anything else would see tokens twice or never; use near=Blocks(...)"
             )
         block = per_axis(near.block, spec.dims, "Blocks.block")
         shape = geometry(block, block, per_axis(self.rank, spec.dims, "Pyramid.rank"))

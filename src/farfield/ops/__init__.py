@@ -1,0 +1,1 @@
+"""Operators: functions of tensors with a dense reference engine and a fast one each."""

@@ -1,5 +1,4 @@
-"""Softmax attention of tiles of queries over gathered lists of key tiles: the arithmetic under every sparse operator
-here.
+"""Softmax attention of tiles of queries over gathered lists of key tiles: the arithmetic under every operator here.
 
 A *unit* is a tile of M queries that read the same list of keys. Keys lie in *stores* of equal rows (a row is a leaf
 block, the cells of a group, a single token ...), and an integer table names the rows that each unit reads. The units
@@ -23,7 +22,7 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 CHUNK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Scores held at once, per device type (measured: larger leaves the caches of a CPU, smaller starves the matrix product)."""
+"""Scores held at once, per device type; measured: more leave the caches of a CPU, fewer starve the matrix product."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,19 @@ class Lists:
 
     @property
     def width(self) -> int:
+        """K, keys in the list of a unit."""
         return sum(store.width for store in self.stores)
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of normalised weights: ``rate`` in [0, 1), drawn from ``seed`` so that the backward pass draws the same."""
+    """Dropout of normalised weights at ``rate`` in [0, 1), drawn from ``seed`` so that the backward pass draws the same."""
 
     rate: float
     seed: int
 
     def mask(self, like: Tensor, chunk: int) -> Tensor:
+        """What the weights of the ``chunk``-th chunk are multiplied by: 0 or 1 / (1 - rate), shaped like ``like``."""
         generator = torch.Generator(like.device).manual_seed((self.seed + 0x9E3779B97F4A7C15 * (chunk + 1)) % (1 << 63))
         keep = 1.0 - self.rate
         return torch.empty_like(like).bernoulli_(keep, generator=generator).div_(keep)
@@ -142,7 +143,7 @@ class _Chunk:
         return self.space.take(name, self.dtype, self.count, *shape)
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """[G, r, U, M, D] cut to the chunk, as one matrix of r * M rows per unit, in the precision of the arithmetic."""
+        """[G, r, U, M, D] cut to the chunk: a matrix of r * M rows per unit, in the precision of the arithmetic."""
         part = x[self.g, :, self.u].transpose(1, 2)
         return part.reshape(self.count, self.repeat * self.rows, x.shape[-1]).to(self.dtype)
 
@@ -233,9 +234,13 @@ def attend(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of :func:`attend`: query [G, r, U, M, D]; per store keys and values [G, R, w, D] in the precision of
-    the arithmetic
-    (None for a store that shares another's buffers); head_bias [Hkv, r, K] or None.
+    """Gradients of :func:`attend`.
+
+    Attributes:
+        query: [G, r, U, M, D] in the dtype of the query.
+        keys, values: per store [G, R, w, D] in the precision of the arithmetic; None for a store that shares
+            another's buffers.
+        head_bias: [Hkv, r, K], or None where there is none.
     """
 
     query: Tensor
@@ -264,8 +269,7 @@ def attend_backward(
         query, lists, batch, scale, dropout: as in :func:`attend`.
         lse: [G, r, U, M] of the joint softmax; weights are exp(score - lse).
         shared: for each store, the index of the store whose gradient buffers it adds to (two stores that view the
-            same memory);
-            None: each its own.
+            same memory). None: each its own.
 
     Time and memory as :func:`attend`, plus buffers of the size of the stores.
     """

@@ -190,7 +190,7 @@ def error_report(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> E
     exact_lse = torch.logsumexp(exact_scores, -1)
     values = v.masked_fill(~valid[:, None, :, None], 0.0).repeat_interleave(repeat, 1)
     exact_out = exact @ values
-    norm = exact_out.norm().item()
+    norm = exact_out.norm().item() or 1.0
     sink = torch.arange(number, device=q.device) < fixed["sinks"]
     far_seen = []
     for level in range(1, shape.levels + 1):
@@ -233,7 +233,7 @@ def error_report(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> E
         (far_square / far_number) ** 0.5 if far_number else 0.0,
         sum(r.weight for r in rows),
         (out - exact_out).norm().item() / norm,
-        (real.lse - exact_lse)[finite].square().mean().sqrt().item(),
+        (real.lse - exact_lse)[finite].square().mean().sqrt().item() if finite.any() else 0.0,
     )
 
 

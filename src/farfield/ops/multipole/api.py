@@ -12,7 +12,7 @@ from torch import Tensor
 from farfield.geometry import Geometry, check_divides, geometry, per_axis
 from farfield.ops.multipole import reference
 from farfield.ops.multipole.op import Multipole
-from farfield.ops.multipole.summary import Pyramid, Summary, check, pack
+from farfield.ops.multipole.summary import Pyramid, Summary, check, check_levels, pack
 
 ENGINES = ("reference", "torch")
 
@@ -47,8 +47,7 @@ def multipole_attention(
     impl: str | None = None,
     part: str = "both",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Fast multipole attention: near tokens exactly, far tokens through a hierarchy of summaries, one softmax over
-    all of them.
+    """Fast multipole attention: near tokens exactly, far tokens through a hierarchy of summaries, one softmax.
 
     Leaf blocks of ``block`` tokens per axis see their own and their neighbouring blocks token by token. Everything
     else is seen through groups that double in side from level to level, each cut into ``rank`` cells per axis that
@@ -86,9 +85,8 @@ def multipole_attention(
         ValueError, TypeError: with what was given and what would be accepted.
 
     Complexity: time O(N (block + rank * levels)) per axis product and memory O(N), forward and backward. Causal-safe
-        with ``causal=True``.
-
-    Under autocast, float inputs are cast to the autocast dtype first. Accumulation is float32 (float64 for float64).
+    with ``causal=True``. Under autocast, float inputs are cast to the autocast dtype first. Accumulation is float32
+    (float64 for float64).
 
     Source: Fast Multipole Attention, arXiv 2310.11960.
 
@@ -187,12 +185,7 @@ def normalise(
     if not isinstance(sinks, int) or sinks < 0:
         raise ValueError(f"sinks={sinks!r}: a number of leading tokens >= 0 would be accepted")
     if key_mask is not None:
-        if key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask has dtype {key_mask.dtype}: a bool mask is needed, True = the key may be seen")
-        if key_mask.shape != (query.shape[0], number):
-            raise ValueError(
-                f"key_mask has shape {list(key_mask.shape)}: [B, N] = {[query.shape[0], number]} is needed"
-            )
+        _check_mask(key_mask, query.shape[0], number)
     if cu_seqlens is not None:
         _check_segments(cu_seqlens, number, dims)
     if level_bias is not None and (level_bias.dim() != 2 or level_bias.shape[1] != query.shape[1]):
@@ -201,12 +194,11 @@ def normalise(
         )
     fixed = _shape_if_needed(axes, m, p, levels, cu_seqlens)
     kind, _ = pack(summary)
-    if fixed is not None:
-        if part != "near":
-            if kind == "given" or kind == "learned":
-                check(summary, fixed, key, fixed.levels)
-            if level_bias is not None and level_bias.shape[0] < fixed.levels:
-                raise ValueError(f"level_bias has {level_bias.shape[0]} rows; this length has {fixed.levels} levels")
+    if fixed is None:
+        if levels is not None and levels < 0:
+            raise ValueError(f"levels={levels}: a number >= 0 would be accepted (or None)")
+    elif part != "near":
+        check_levels(summary, level_bias, fixed, key)
     if kind in ("shared", "pooled"):
         check(summary, Geometry(axes, m, p, 0), key, 0)
     if isinstance(summary, Pyramid) and cu_seqlens is not None:
@@ -237,9 +229,14 @@ def _plain(value: int | Sequence[int]) -> int | tuple[int, ...]:
 def _shape_if_needed(
     axes: tuple[int, ...], block: tuple[int, ...], rank: tuple[int, ...], levels: int | None, cu_seqlens: Tensor | None
 ) -> Geometry | None:
-    """The hierarchy, where its integers can be checked now: not under tracing, where lengths are symbols (the operator checks then)."""
-    if torch.compiler.is_compiling() or cu_seqlens is not None:
+    """The hierarchy (that of the longest packed sequence), where its integers can be checked now.
+
+    None under tracing, where lengths are symbols: the operator checks these.
+    """
+    if torch.compiler.is_compiling():
         return None
+    if cu_seqlens is not None:
+        axes = (int(cu_seqlens.diff().max()),)
     return geometry(axes, block, rank, levels)
 
 
@@ -270,6 +267,13 @@ def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
     return query, key, value
 
 
+def _check_mask(key_mask: Tensor, batch: int, number: int) -> None:
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask has dtype {key_mask.dtype}: a bool mask is needed, True = the key may be seen")
+    if key_mask.shape != (batch, number):
+        raise ValueError(f"key_mask has shape {list(key_mask.shape)}: [B, N] = {[batch, number]} is needed")
+
+
 def _check_segments(cu_seqlens: Tensor, number: int, dims: int) -> None:
     if dims > 1:
         raise ValueError(
@@ -277,7 +281,8 @@ def _check_segments(cu_seqlens: Tensor, number: int, dims: int) -> None:
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: [S + 1] int32 or int64 is needed"
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: "
+            "[S + 1] int32 or int64 is needed"
         )
     if torch.compiler.is_compiling():
         return

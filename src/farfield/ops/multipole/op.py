@@ -70,9 +70,13 @@ def multipole(
     dropout: float,
     part: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, D] and lse [B, Hq, N]; see :func:`farfield.multipole_attention`. ``levels`` -1: the default number."""
+    """Output [B, Hq, N, D] and lse [B, Hq, N]; see :func:`farfield.multipole_attention`.
+
+    ``levels`` is -1 for the published number, ``query_rank`` empty for none.
+    """
     s = _settings(kind, grid, block, rank, levels, causal, count_bias, query_rank, sinks, scale, dropout, part)
-    return forward(s, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+    with torch.autocast(query.device.type, enabled=False):
+        return forward(s, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
 
 
 @multipole.register_fake
@@ -110,9 +114,10 @@ def multipole_backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value, level_bias (empty where there is none), then of every weight."""
     s = _settings(kind, grid, block, rank, levels, causal, count_bias, query_rank, sinks, scale, dropout, part)
-    grads = backward(
-        s, grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        grads = backward(
+            s, grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights
+        )
     return [g.contiguous() for g in grads]
 
 
@@ -153,10 +158,12 @@ class Multipole(torch.autograd.Function):
         seed: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """Output and lse of ``farfield::multipole``."""
         return multipole(query, key, value, key_mask, cu_seqlens, level_bias, seed, list(weights), *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keeps every tensor: the backward pass repeats the scores."""
         settings, *tensors = inputs
         ctx.settings = settings
         ctx.save_for_backward(*output, *tensors)
@@ -164,6 +171,7 @@ class Multipole(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        """One gradient (or None) per argument of :meth:`forward`."""
         out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, *weights = ctx.saved_tensors
         grads = multipole_backward(
             grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, list(weights),

@@ -1,5 +1,4 @@
-"""The index tables of one call: which blocks, sinks and groups every leaf block reads, for a grid or for packed
-sequences.
+"""The index tables of one call: which blocks, sinks and groups every leaf block of a grid or packed row reads.
 
 Packed sequences are laid out as one row of leaf blocks in which every sequence starts at a multiple of its own
 largest group (the sequences with the most levels come first), so that the groups of each sequence's own tree are
@@ -27,6 +26,7 @@ class Table:
 
     @staticmethod
     def of(table: Ints, device: torch.device) -> Table:
+        """From a table of rows that holds :data:`farfield.geometry.EMPTY` where unused."""
         rows = torch.from_numpy(np.ascontiguousarray(table))
         return Table(rows.clamp(min=0).to(device), (rows != EMPTY).to(device))
 
@@ -123,9 +123,8 @@ def make_plan(
         token[first : first + len(local)] = np.where(local == EMPTY, EMPTY, local + tree.first_token)
         near_parts.append((tree.first_block, _shift(tree.geometry.near_list(causal), tree.first_block)))
         if sinks:
-            slot = np.argsort(np.where(local == EMPTY, len(local), local), kind="stable")[
-                : min(sinks, tree.geometry.tokens)
-            ]
+            leading = np.argsort(np.where(local == EMPTY, len(local), local), kind="stable")
+            slot = leading[: min(sinks, tree.geometry.tokens)]
             sink_parts.append((tree.first_block, np.tile(slot + first, (tree.geometry.blocks, 1))))
     near = _stack(near_parts, total)
     sink = _stack(sink_parts, total) if sinks else None

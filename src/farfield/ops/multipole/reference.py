@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,12 @@ class Coordinates:
 
     @staticmethod
     def of(shape: Geometry, device: torch.device) -> Coordinates:
+        """Those of all tokens of the grid of ``shape``, row-major."""
         axes = [torch.arange(n, device=device) for n in shape.grid]
         return Coordinates(shape, torch.stack([a.reshape(-1) for a in torch.meshgrid(*axes, indexing="ij")], -1))
 
     def group(self, level: int) -> Tensor:
-        """[N, dims]"""
+        """[N, dims] index of the token's group in the grid of all groups of the level."""
         return self.position // self.position.new_tensor(self.shape.group_side(level))
 
     def cell(self, level: int) -> Tensor:
@@ -129,7 +131,8 @@ def _full_share(count: Tensor, size: int) -> Tensor:
 def _shared(
     where: Coordinates, x: Tensor, weight: Tensor, counts: list[Tensor], leaf: Tensor, up: Tensor
 ) -> list[Tensor]:
-    shape, out = where.shape, []
+    shape = where.shape
+    out: list[Tensor] = []
     for level, count in enumerate(counts, start=1):
         if level == 1:
             side = shape.cell_side(1)
@@ -151,9 +154,7 @@ def _learned(
     side, p = shape.group_side(level), shape.rank
     place = _row_major(where.position % where.position.new_tensor(side), side)  # position in the group
     cells = where.cells(level)
-    inside = same_rows(cells // cells.new_tensor(p), where.group(level)).to(
-        x.dtype
-    )  # [C, N]: token in the cell's group
+    inside = same_rows(cells // cells.new_tensor(p), where.group(level)).to(x.dtype)  # [C, N] token in the cell's group
     row = _row_major(cells % cells.new_tensor(p), p)  # [C]
     taps = w.to(x.dtype)[row][:, :, place]  # [C, D, N]
     out = torch.einsum("cn,cdn,bhnd->bhcd", inside, taps, x * weight[:, None, :, None])
@@ -169,7 +170,16 @@ def pooled_queries(where: Coordinates, query: Tensor, valid: Tensor, level: int)
 
 @dataclass(frozen=True)
 class Weights:
-    """Joint softmax weights: [B, H, N, N] on tokens, per level [B, H, N, C] on cells; lse [B, H, N]; value summaries per level."""
+    """Joint softmax weights of one grid, and what they were computed from.
+
+    Attributes:
+        tokens: [B, H, N, N] weights on tokens.
+        cells: per level [B, H, N, C] weights on cells.
+        lse: [B, H, N].
+        values: per level [B, H, C, D] value summaries, repeated for grouped heads.
+        scores: [B, H, N, N] biased scores of tokens, -inf where unseen.
+        cell_scores: per level [B, H, N, C] those of cells.
+    """
 
     tokens: Tensor
     cells: list[Tensor]
@@ -253,11 +263,11 @@ def attention(
     level_bias: Tensor | None,
     part: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N]; arguments as the public function, normalised."""
+    """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N]; the public function's arguments, normalised."""
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
-    options = {
+    options: dict[str, Any] = {
         "causal": causal,
         "scale": scale,
         "count_bias": count_bias,
@@ -290,9 +300,9 @@ def _one(
     shape: Geometry,
     valid: Tensor,
     dropout: float,
-    options: dict[str, object],
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    w = weights(query, key, value, shape=shape, valid=valid, **options)  # type: ignore[arg-type]
+    w = weights(query, key, value, shape=shape, valid=valid, **options)
     repeat = query.shape[1] // key.shape[1]
     value = value.masked_fill(~valid[:, None, :, None], 0.0).repeat_interleave(repeat, 1)
     out = torch.nn.functional.dropout(w.tokens, dropout) @ value

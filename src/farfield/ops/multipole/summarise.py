@@ -1,4 +1,4 @@
-"""Summaries on their own: the pyramid that the operator would build, differentiable, for looking at and for changing before use."""
+"""Summaries on their own: the differentiable pyramid that the operator would build, to look at or to change first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from farfield.geometry import per_axis
 from farfield.ops.multipole import pyramid
+from farfield.ops.multipole.api import normalise
 from farfield.ops.multipole.plan import make_plan
 from farfield.ops.multipole.summary import Pyramid, Summary, check
 
@@ -27,8 +27,8 @@ def summarise(
 ) -> Pyramid:
     """The pyramid of summaries of ``key`` and ``value``.
 
-    ``multipole_attention(q, k, v, ..., summary=summarise(k, v, ...))`` equals ``multipole_attention(q, k, v, ...,
-    summary=...)``.
+    ``multipole_attention(q, k, v, ..., summary=summarise(k, v, ..., summary=s))`` equals
+    ``multipole_attention(q, k, v, ..., summary=s)``.
 
     Args:
         key, value: [B, Hkv, N, D].
@@ -41,10 +41,10 @@ def summarise(
     Raises:
         ValueError: as the operator.
     """
-    axes = (key.shape[2],) if grid is None else tuple(grid)
-    m = per_axis(block if isinstance(block, int) else tuple(block), len(axes), "block")
-    p = per_axis(rank if isinstance(rank, int) else tuple(rank), len(axes), "rank")
-    plan = make_plan(axes, None, m, p, levels, False, sinks, key.device)
+    call = normalise(
+        key, key, value, grid, block, rank, levels, False, key_mask, None, None, None, sinks, 0.0, summary, None, "both"
+    )
+    plan = make_plan(call["grid"], None, call["block"], call["rank"], levels, False, sinks, key.device)
     layout = plan.layout
     check(summary, layout, key, layout.levels)
     valid = plan.filled[None]
@@ -53,12 +53,14 @@ def summarise(
     if plan.is_sink is not None:
         valid = valid & ~plan.is_sink
     blocks = []
-    for x in (key, value):
+    for x in (call["key"], call["value"]):
         if plan.token_of_slot is not None:
             x = x.index_select(2, plan.token_of_slot.clamp(min=0))
         blocks.append(x.masked_fill(~valid[:, None, :, None], 0.0))
-    counts = pyramid.count(valid, layout, layout.levels, bool(valid.all()))
-    return pyramid.up(summary, blocks[0], blocks[1], valid, counts, layout, layout.levels)
+    full = key_mask is None and plan.whole and plan.is_sink is None
+    counts = pyramid.count(valid, layout, layout.levels, full)
+    with torch.autocast(key.device.type, enabled=False):
+        return pyramid.up(summary, blocks[0], blocks[1], valid, counts, layout, layout.levels)
 
 
 def cell_centres(tokens: int, block: int, rank: int, level: int, device: torch.device) -> Tensor:

@@ -25,8 +25,7 @@ from farfield.geometry import Geometry
 
 
 class SharedSummary(NamedTuple):
-    """Level 1 cells from their tokens, level l+1 cells from the 2**dims level l cells they contain, by weights that
-    all levels share.
+    """Cells of level 1 from their tokens, those of level l + 1 from their 2**dims children, by weights shared by levels.
 
     ``leaf`` weights are [Hw, tokens of a level 1 cell, D] and ``up`` weights [Hw, 2**dims, D], positions row-major.
     Averaging is 1 / size everywhere. Linear cost, any length.
@@ -39,7 +38,10 @@ class SharedSummary(NamedTuple):
 
 
 class PooledSummary(NamedTuple):
-    """Weights that depend on the data: a softmax over the cell's tokens of ``query . key``, ``query`` [Hw, D]. Zero gives the mean."""
+    """Weights that depend on the data: a softmax over the cell's tokens of ``query . key``.
+
+    ``query`` is [Hw, D]; zero gives the mean.
+    """
 
     query: Tensor
 
@@ -54,10 +56,9 @@ class LevelWeights(NamedTuple):
 
 
 class LearnedSummary(NamedTuple):
-    """The paper's: at every level a depthwise convolution with kernel = stride = group and P filters per channel,
-    shared by heads.
+    """The paper's: a depthwise convolution per level, its kernel and stride a group, P filters per channel, shared by heads.
 
-    Its weights grow linearly with the length and fix it; :class:`SharedSummary` does not.
+    Its weights grow linearly with the length and fix it; those of :class:`SharedSummary` do not.
     """
 
     levels: tuple[LevelWeights, ...]
@@ -77,7 +78,8 @@ def pack(summary: Summary) -> tuple[str, list[Tensor]]:
     """The kind of a summary and its tensors as a flat list, as the custom operator takes them.
 
     Raises:
-        ValueError: for a string other than "mean". TypeError: for anything that is not a summary.
+        ValueError: for a string other than "mean".
+        TypeError: for anything that is not a summary.
     """
     if isinstance(summary, str):
         if summary != "mean":
@@ -95,7 +97,8 @@ def pack(summary: Summary) -> tuple[str, list[Tensor]]:
     if isinstance(summary, Pyramid):
         return "given", [*summary.keys, *summary.values]
     raise TypeError(
-        f"summary is a {type(summary).__name__}: 'mean', SharedSummary, PooledSummary, LearnedSummary or Pyramid would be accepted"
+        f"summary is a {type(summary).__name__}: "
+        "'mean', SharedSummary, PooledSummary, LearnedSummary or Pyramid would be accepted"
     )
 
 
@@ -144,17 +147,30 @@ def check(summary: Summary, geometry: Geometry, key: Tensor, levels: int) -> Non
         for i, level in enumerate(summary.levels[:levels], start=1):
             size = prod(geometry.group_side(i))
             for name, tensor in level._asdict().items():
-                shape = (p, width, size) if name.endswith("weight") else (p, width)
-                expect(f"LearnedSummary.levels[{i - 1}].{name}", tensor, shape)
+                taps = (size,) if name.endswith("weight") else ()
+                expect(f"LearnedSummary.levels[{i - 1}].{name}", tensor, (p, width, *taps))
     elif isinstance(summary, Pyramid):
         if len(summary.keys) < levels or len(summary.values) < levels:
             raise ValueError(
-                f"Pyramid has {len(summary.keys)} key and {len(summary.values)} value levels; this length needs {levels}"
+                f"Pyramid has {len(summary.keys)} key and {len(summary.values)} value levels; "
+                f"this length needs {levels}"
             )
         for i in range(levels):
             shape = (key.shape[0], heads, geometry.group_total(i + 1), p, width)
             expect(f"Pyramid.keys[{i}]", summary.keys[i], shape)
             expect(f"Pyramid.values[{i}]", summary.values[i], shape)
+
+
+def check_levels(summary: Summary, level_bias: Tensor | None, geometry: Geometry, key: Tensor) -> None:
+    """Checks what must reach up to the top of the hierarchy: learned weights, ready summaries and level biases.
+
+    Raises:
+        ValueError: as :func:`check`.
+    """
+    if isinstance(summary, LearnedSummary | Pyramid):
+        check(summary, geometry, key, geometry.levels)
+    if level_bias is not None and level_bias.shape[0] < geometry.levels:
+        raise ValueError(f"level_bias has {level_bias.shape[0]} rows; this length has {geometry.levels} levels")
 
 
 def averaging(

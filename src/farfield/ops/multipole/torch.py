@@ -15,7 +15,7 @@ from torch import Tensor
 from farfield.geometry import Geometry
 from farfield.ops.multipole import pyramid
 from farfield.ops.multipole.plan import Plan, Table, make_plan
-from farfield.ops.multipole.summary import Pyramid, unpack
+from farfield.ops.multipole.summary import Pyramid, check_levels, unpack
 from farfield.ops.tiles import Dropout, Gradients, Lists, Store, attend, attend_backward, compute_dtype
 
 
@@ -72,6 +72,8 @@ class _Call:
         self.valid = self._valid()
         self.key, self.value = self.blocks(key, keys=True), self.blocks(value, keys=True)
         self.summary = unpack(s.kind, weights)
+        if s.far:
+            check_levels(self.summary, level_bias, self.layout, key)
         in_cells = self.valid if self.plan.is_sink is None else self.valid & ~self.plan.is_sink
         self.in_cells = in_cells
         full = key_mask is None and self.plan.whole and self.plan.is_sink is None
@@ -211,7 +213,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N] in the precision of the arithmetic."""
     if query.shape[0] == 0:
-        return torch.zeros_like(query, memory_format=torch.contiguous_format), query.new_zeros(query.shape[:-1], dtype=compute_dtype(query.dtype))
+        return query.new_zeros(query.shape), query.new_zeros(query.shape[:-1], dtype=compute_dtype(query.dtype))
     call = _Call(s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
     out, lse = _forward(call, call.blocks(query))
     return call.tokens(out), call.tokens(lse)
