@@ -11,7 +11,7 @@ a far field (:mod:`farfield.far`) and a merge; :mod:`farfield.recipes` names the
 
 from farfield import far, near, recipes
 from farfield.attention import Attention
-from farfield.geometry import Geometry, geometry
+from farfield.geometry import Geometry
 from farfield.merge import AttentionState, merge_states
 from farfield.ops.multipole import (
     ErrorReport,
@@ -41,7 +41,6 @@ __all__ = [
     "effective_weights",
     "error_report",
     "far",
-    "geometry",
     "merge_states",
     "multipole_attention",
     "near",

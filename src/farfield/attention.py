@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from farfield.merge import AttentionState, Merge, resolve_merge
-from farfield.parts import FarPart, Inputs, LayerSpec, NearPart, Part
+from farfield.parts import FarPart, Inputs, LayerSpec, NearPart, OutputModule, Part
 from farfield.rope import Rope, segment_positions
 
 __all__ = ["Attention"]
@@ -101,6 +100,7 @@ class Attention(nn.Module):
             x: `[B, N, dim]`, tokens in row-major order over the grid.
             grid: lengths of the axes, with product N. Default `(N,)` in 1-D; needed in 2-D and 3-D.
             key_mask: bool `[B, N]`, True = the token is visible to others. Outputs at hidden tokens are computed too.
+                Hidden tokens may hold anything: what is not finite there is read as 0.
             cu_seqlens: int `[S + 1]`, 0 = first < ... < last = N: packed segments that do not see each other, the same
                 in every batch entry; rotary positions restart in each. With a key_mask too, cu_seqlens wins. 1-D.
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         """
         inputs = self._inputs(x, grid, key_mask, cu_seqlens)
         if self.near is not None and self.far is not None and self.merge is not None:
-            out = self.merge(self.near(inputs), self.far(inputs), x)
+            out = self.merge(self.near(inputs), self.far(inputs), inputs.x)
         else:
             out = self._only(inputs)
         mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
@@ -122,8 +122,9 @@ class Attention(nn.Module):
         """The output of the one part there is; some have a faster way to it when nobody needs the log-sum-exp."""
         part = self.near if self.near is not None else self.far
         assert part is not None
-        output: Callable[[Inputs], AttentionState | Tensor] = getattr(part, "output", part)
-        result = output(inputs)
+        if isinstance(part, OutputModule):
+            return part.output(inputs)
+        result: AttentionState | Tensor = part(inputs)
         return result.out if isinstance(result, AttentionState) else result
 
     def _inputs(
@@ -144,6 +145,9 @@ class Attention(nn.Module):
                 f"key_mask must be a bool tensor [B, N] = {(batch, tokens)} (True = visible), "
                 f"got {key_mask.dtype} {tuple(key_mask.shape)}"
             )
+        if key_mask is not None:
+            # Also for the gradients of weights, where 0 times NaN would be NaN.
+            x = torch.where(key_mask[..., None] | x.isfinite(), x, torch.zeros_like(x))
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_dim)).transpose(1, 2)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)

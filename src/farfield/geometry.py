@@ -20,6 +20,7 @@ Source: Fast Multipole Attention, arXiv 2310.11960, section 3, generalised to an
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -27,6 +28,7 @@ from math import prod
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Ints = npt.NDArray[np.int64]
 
@@ -34,14 +36,29 @@ EMPTY = -1
 """Marks an unused place of a table."""
 
 
+def integers(value: int | Sequence[int], name: str) -> tuple[int, ...]:
+    """One integer or a sequence of them (of any integer type) as a tuple; TypeError for anything else."""
+    many = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if torch.compiler.is_compiling():
+        return tuple(many)  # lengths are symbols
+    try:
+        if any(isinstance(v, bool) for v in many):
+            raise TypeError
+        return tuple(operator.index(v) for v in many)
+    except TypeError:
+        raise TypeError(f"{name}={value!r}: an integer, or a sequence of integers, one per axis, is needed") from None
+
+
 def per_axis(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:
     """One positive integer per axis, from one integer for all of them or one for each.
 
     Raises:
-        ValueError: when the length is not ``dims`` or a value is not a positive integer.
+        TypeError: for anything but integers.
+        ValueError: when the length is not ``dims`` or a value is below 1.
     """
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(values) != dims or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values):
+    given = integers(value, name)
+    values = given if isinstance(value, Sequence) else given * dims
+    if len(values) != dims or any(v < 1 for v in values):
         raise ValueError(
             f"{name}={value!r} does not fit a {dims}-D grid: give one integer >= 1, or {dims} of them, one per axis"
         )
@@ -155,7 +172,7 @@ class Geometry:
     def _numbers(self, places: Ints, level: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """Row-major numbers of groups of ``level`` at ``places`` [.., dims], and which of them lie in the grid."""
         counts = self.group_counts(level)
-        inside = ((places >= 0) & (places < np.array(counts))).all(-1)
+        inside = np.all((places >= 0) & (places < np.array(counts)), axis=-1)
         return np.ravel_multi_index(tuple(np.moveaxis(places, -1, 0)), counts, mode="clip"), inside
 
     def token_of_slot(self) -> Ints:

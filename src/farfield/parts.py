@@ -13,10 +13,21 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from farfield.merge import AttentionState
+from farfield.ops.state import AttentionState
 from farfield.rope import Rope
 
-__all__ = ["FarPart", "Inputs", "LayerSpec", "NearPart", "Part", "by_segment", "repeat_heads", "segment_bounds"]
+__all__ = [
+    "FarPart",
+    "Inputs",
+    "LayerSpec",
+    "NearPart",
+    "OutputModule",
+    "Part",
+    "by_segment",
+    "head_norm",
+    "repeat_heads",
+    "segment_bounds",
+]
 
 
 @dataclass(frozen=True)
@@ -46,9 +57,9 @@ class Inputs:
 
     Attributes:
         q: `[B, Hq, N, D]`, not rotated.
-        k: `[B, Hkv, N, D]`, not rotated.
-        v: `[B, Hkv, N, D]`.
-        x: `[B, N, dim]`, the layer's input.
+        k: `[B, Hkv, N, D]`, not rotated; 0 at hidden tokens, which is made so here.
+        v: `[B, Hkv, N, D]`, as k.
+        x: `[B, N, dim]`, the layer's input; finite at hidden tokens.
         grid: lengths of the axes; their product is N.
         causal: whether token i may depend on tokens 0..i only.
         key_mask: bool `[B, N]`, True = visible as a key, or None.
@@ -74,6 +85,12 @@ class Inputs:
     positions: Tensor | None = None
     _rotated_q: Tensor | None = field(default=None, init=False, repr=False)
     _rotated_k: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # A weight of 0 does not keep a NaN out of a sum: what is hidden must hold nothing.
+        if self.key_mask is not None:
+            hidden = ~self.key_mask[:, None, :, None]
+            self.k, self.v = self.k.masked_fill(hidden, 0.0), self.v.masked_fill(hidden, 0.0)
 
     @property
     def rotated_q(self) -> Tensor:
@@ -131,7 +148,21 @@ class Part:
         """Raises ValueError with the reason when the part cannot work in this layer (beside this near field)."""
 
     def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
-        """The module; its `forward(inputs: Inputs)` returns an AttentionState, or `[B, Hq, N, D]` without a state."""
+        """The module; its `forward(inputs: Inputs)` returns an AttentionState, or `[B, Hq, N, D]` without a state.
+
+        It may be an :class:`OutputModule`.
+        """
+        raise NotImplementedError
+
+
+class OutputModule(nn.Module):
+    """The module of a part that has a faster way to its output when nobody needs the log-sum-exp.
+
+    Optional: the layer calls `output` where the part stands alone, and `forward` of every other module.
+    """
+
+    def output(self, inputs: Inputs) -> Tensor:
+        """`[B, Hq, N, D]`, equal to the `out` of what `forward(inputs)` returns."""
         raise NotImplementedError
 
 
@@ -155,6 +186,12 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     """Key or value heads `[B, Hkv, ...]` repeated to `[B, heads, ...]`, each for its group of query heads."""
     groups = heads // tensor.shape[1]
     return tensor if groups == 1 else tensor.repeat_interleave(groups, 1)
+
+
+def head_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A LayerNorm over the channels of all heads of `[B, H, N, D]`."""
+    flat: Tensor = norm(x.transpose(1, 2).flatten(2))
+    return flat.view(*flat.shape[:2], x.shape[1], x.shape[3]).transpose(1, 2).to(x.dtype)
 
 
 def segment_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:

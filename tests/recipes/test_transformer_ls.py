@@ -8,7 +8,7 @@ import torch
 from farfield import recipes
 from farfield.attention import Attention
 from farfield.merge import attend_dense
-from farfield.near.window import head_norm
+from farfield.parts import head_norm
 from farfield.ops.window.reference import window_mask
 
 

@@ -1,1 +1,1 @@
-"""What several test files share: oracles and generators. Importable because tests/conftest.py puts this folder on the path."""
+"""What several test files share: oracles and generators. tests/conftest.py makes it importable."""

@@ -50,7 +50,9 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         finite = lse > -torch.inf
         loss = (out * torch.randn(out.shape, dtype=out.dtype, generator=generator)).sum()
-        loss = loss + (torch.where(finite, lse, 0.0) * torch.randn(lse.shape, dtype=lse.dtype, generator=generator)).sum()
+        loss = (
+            loss + (torch.where(finite, lse, 0.0) * torch.randn(lse.shape, dtype=lse.dtype, generator=generator)).sum()
+        )
         grads = torch.autograd.grad(loss, self.leaves, allow_unused=True)
         return out, lse, [torch.zeros_like(x) if g is None else g for g, x in zip(grads, self.leaves, strict=True)]
 
@@ -88,7 +90,8 @@ def make_summary(kind: str, g: Geometry, batch: int, heads: int, width: int, own
 
 def tensors(batch: int, heads: int, key_heads: int, tokens: int, width: int) -> list[Tensor]:
     return [
-        torch.randn(batch, h, tokens, width, dtype=torch.float64).requires_grad_() for h in (heads, key_heads, key_heads)
+        torch.randn(batch, h, tokens, width, dtype=torch.float64).requires_grad_()
+        for h in (heads, key_heads, key_heads)
     ]
 
 
@@ -130,7 +133,9 @@ def cases(
         "part": draw(st.sampled_from(parts)),
     }
     if not options["causal"] and pooled_queries and draw(st.integers(0, 2)) == 0:
-        options["query_rank"] = tuple(draw(st.sampled_from([d for d in range(1, m + 1) if m % d == 0])) for m in g.block)
+        options["query_rank"] = tuple(
+            draw(st.sampled_from([d for d in range(1, m + 1) if m % d == 0])) for m in g.block
+        )
     mask = draw(st.sampled_from(("none", "none", "random", "sparse", "tail", "all")))
     if mask != "none":
         keep = {"random": 0.6, "sparse": 0.05, "tail": 1.0, "all": 0.0}[mask]
@@ -139,11 +144,16 @@ def cases(
             options["key_mask"][:, draw(st.integers(0, g.tokens)) :] = False
     if packed and g.dims == 1 and kind in ("mean", "shared", "pooled") and draw(st.integers(0, 2)) == 0:
         cuts = sorted(draw(st.lists(st.integers(0, g.tokens), max_size=5)))
-        options["cu_seqlens"] = torch.tensor([0, *cuts, g.tokens], dtype=draw(st.sampled_from((torch.int32, torch.int64))))
+        options["cu_seqlens"] = torch.tensor(
+            [0, *cuts, g.tokens], dtype=draw(st.sampled_from((torch.int32, torch.int64)))
+        )
         options["levels"] = None
     level_bias = None
     if draw(st.booleans()):
-        level_bias = torch.randn(g.levels + 2, key_heads * repeat, dtype=torch.float64).requires_grad_()
+        most = default_levels(g.grid, g.block)
+        level_bias = torch.randn(
+            most + draw(st.sampled_from((0, 2))), key_heads * repeat, dtype=torch.float64
+        ).requires_grad_()
     summary = make_summary(kind, g, batch, key_heads, width, own=draw(st.booleans()))
     return Case(g, query, key, value, summary, level_bias, options)
 

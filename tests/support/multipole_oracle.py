@@ -1,7 +1,7 @@
 """Multipole attention, one query at a time, by the words of the definition: no tables, no matrices, no torch in it.
 
-One batch entry, one head. Tokens are tuples of coordinates; a query walks over all tokens and all groups, decides by the definition what
-it sees, lists (score, value) pairs and takes their softmax. Exponential patience needed: for tens of tokens only.
+One batch entry, one head. Tokens are tuples of coordinates; a query walks over all tokens and all groups, decides by
+the definition what it sees, lists (score, value) pairs and takes their softmax. For tens of tokens only.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def attend(
     level_bias: list[float] | None = None,
     part: str = "both",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output [N, D] and lse [N]. ``summarise(level, cell, tokens)`` gives the key and value of a cell of these visible tokens."""
+    """Output [N, D] and lse [N]; ``summarise(level, cell, its visible tokens)`` gives the key and value of a cell."""
     number, width = q.shape
     scale = width**-0.5 if scale is None else scale
     valid = [True] * number if valid is None else valid
@@ -124,7 +124,7 @@ def attend(
     return out, lse
 
 
-# Summaries ----------------------------------------------------------------------------------------------------------------------------
+# Summaries ------------------------------------------------------------------------------------------------------------
 
 Summarise = Callable[[int, Index, list[int]], tuple[np.ndarray, np.ndarray]]
 
@@ -149,7 +149,9 @@ def _place(index: Index, sizes: Index) -> int:
 def shared(k: np.ndarray, v: np.ndarray, tree: Tree, weights: list[np.ndarray]) -> Summarise:
     """``weights``: key leaf, key up, value leaf, value up, each [positions, D]."""
 
-    def build(x: np.ndarray, leaf: np.ndarray, up: np.ndarray, level: int, cell: Index, inside: list[int]) -> np.ndarray:
+    def build(
+        x: np.ndarray, leaf: np.ndarray, up: np.ndarray, level: int, cell: Index, inside: list[int]
+    ) -> np.ndarray:
         side = tuple(g // p for g, p in zip(tree.side(1), tree.rank, strict=True))
         if level == 1:
             total = sum(leaf[_place(tree.tokens[j], side)] * x[j] for j in inside)
@@ -168,10 +170,8 @@ def shared(k: np.ndarray, v: np.ndarray, tree: Tree, weights: list[np.ndarray]) 
     )
 
 
-def learned(
-    k: np.ndarray, v: np.ndarray, tree: Tree, weights: list[list[np.ndarray]], open_: list[bool]
-) -> Summarise:
-    """``weights[level - 1]``: key weight [P, D, T], key bias [P, D], value weight, value bias; ``open_``: tokens that belong to cells."""
+def learned(k: np.ndarray, v: np.ndarray, tree: Tree, weights: list[list[np.ndarray]], open_: list[bool]) -> Summarise:
+    """``weights[level - 1]``: key weight [P, D, T], key bias [P, D], value's; ``open_``: tokens that are in cells."""
 
     def summarise(level: int, cell: Index, inside: list[int]) -> tuple[np.ndarray, np.ndarray]:
         group = tuple(c // p for c, p in zip(cell, tree.rank, strict=True))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield.geometry import per_axis
-from farfield.merge import AttentionState, attend_dense
+from farfield.ops.state import AttentionState, attend_dense
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
 
 __all__ = ["Landmarks", "pool_tokens"]
@@ -20,7 +20,8 @@ __all__ = ["Landmarks", "pool_tokens"]
 class Landmarks(FarPart):
     """Softmax attention twice: agents gather from all keys, queries read from the agents.
 
-    The agents are means of the queries over an even partition of the grid, `count` per axis. The product of the two
+    The agents are means of the queries over cells of the grid, `count` per axis, as torch's adaptive average pooling
+    cuts them: equal cells where count divides the axis, otherwise cells that overlap by one token. The product of the two
     softmax matrices has rank at most the number of agents, and rows that sum to 1; it does not become exact attention
     when every token is an agent. Queries and keys are used as they are before any rotary embedding. O(N agents) time
     and memory. Not causal-safe. The log-sum-exp of the state is that over the agents. The positional biases of the
@@ -73,13 +74,16 @@ class _Landmarks(nn.Module):
 def pool_tokens(
     x: Tensor, grid: tuple[int, ...], count: tuple[int, ...], mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Means over an even partition of the grid into at most `count` cells per axis.
+    """Means over at most `count` cells per axis, those of torch's adaptive average pooling.
+
+    Cell i of c on an axis of n tokens holds tokens floor(i n / c) to ceil((i + 1) n / c) - 1. Where c does not divide
+    n, neighbouring cells may share a token.
 
     Args:
         x: `[B, H, N, D]`.
         grid: lengths with product N.
         count: cells per axis; no axis gets more cells than tokens.
-        mask: bool `[B, N]`, tokens that take part, or None for all.
+        mask: bool `[B, N]`, tokens that take part, or None for all. What the others hold, NaN too, does not matter.
 
     Returns:
         Means `[B, H, cells, D]`, 0 in a cell without tokens, and bool `[B, 1, 1, cells]` telling which cells have any
@@ -96,8 +100,7 @@ def pool_tokens(
 
     if mask is None:
         return mean(x), None
-    keep = mask[:, None, :, None].to(x.dtype)
-    share = mean(keep)
+    share = mean(mask[:, None, :, None].to(x.dtype))
     present = share > 0
-    means = mean(x * keep) / torch.where(present, share, torch.ones_like(share))
+    means = mean(x.masked_fill(~mask[:, None, :, None], 0.0)) / torch.where(present, share, torch.ones_like(share))
     return means, present.transpose(2, 3)

@@ -91,7 +91,7 @@ class _Linear(nn.Module):
         with torch.autocast(inputs.q.device.type, enabled=False):
             q, k, v = feature(inputs.q.to(wide)), feature(inputs.k.to(wide)), inputs.v.to(wide)
             if inputs.key_mask is not None:
-                k = k * inputs.key_mask[:, None, :, None]
+                k = k.masked_fill(~inputs.key_mask[:, None, :, None], 0.0)
             out = linear_attention(q, k, v, causal=inputs.causal, floor=self.part.floor)
             if self.tau is not None:
                 out = out * self.tau[:, None, None]

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from farfield.merge import AttentionState, attend_dense
-from farfield.near.window import head_norm
-from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
+from farfield.ops.state import AttentionState, attend_dense
+from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment, head_norm
 
 __all__ = ["Projection"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from farfield.geometry import Geometry, geometry, per_axis
+from farfield.geometry import Geometry, default_levels, geometry, integers, per_axis
 from farfield.merge import AttentionState
 from farfield.near.blocks import Blocks
 from farfield.ops.multipole import multipole_attention
@@ -30,7 +30,10 @@ MAX_LEVELS = 32
 """Rows of the learned bias: enough for 2**32 leaf blocks on an axis."""
 
 FAST = 10.0
-"""The level bias is stored divided by this: Adam's steps do not depend on scale, so it moves ten times as far."""
+"""The level bias is stored as its offset from the start, divided by this.
+
+Adam's steps do not depend on scale, so the bias moves ten times as far; and weight decay pulls it towards quiet.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,14 @@ class Pyramid(FarPart):
                 f"Pyramid(summary={self.summary!r}, grid={self.grid!r}): "
                 "learned summaries need the grid they are made for, the others work on any"
             )
+        for name in ("rank", "levels", "query_rank", "sinks", "grid"):
+            value = getattr(self, name)
+            if value is not None:
+                given = integers(value, f"Pyramid.{name}")
+                if name == "grid" or (name in ("rank", "query_rank") and len(given) > 1):
+                    object.__setattr__(self, name, given)
+        if self.bias is not None and not isinstance(self.bias, int | float):
+            raise TypeError(f"Pyramid(bias={self.bias!r}): a number, or None for no bias, would be accepted")
         if self.sinks < 0:
             raise ValueError(f"Pyramid(sinks={self.sinks}): a number of leading tokens >= 0 would be accepted")
 
@@ -110,6 +121,11 @@ class Pyramid(FarPart):
         if self.query_rank is not None:
             geometry(block, block, per_axis(self.query_rank, spec.dims, "Pyramid.query_rank"))
         if self.grid is not None:
+            if len(self.grid) != spec.dims:
+                raise ValueError(
+                    f"Pyramid(grid={self.grid!r}) has {len(self.grid)} axes in a layer with dims={spec.dims}: "
+                    "one length per axis would be accepted"
+                )
             geometry(self.grid, shape.block, shape.rank, self.levels)
         if self.rope == "cells" and spec.dims != 1:
             raise ValueError(
@@ -117,7 +133,16 @@ class Pyramid(FarPart):
             )
 
     def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
-        """The far field alone, as an attention state."""
+        """The far field alone, as an attention state.
+
+        Raises:
+            ValueError: with sinks, which belong to no cell and so would be seen by nobody.
+        """
+        if self.sinks:
+            raise ValueError(
+                f"far={self!r} apart from its near field: sinks are seen by the joint softmax; "
+                "use merge='softmax' or sinks=0"
+            )
         return self._module(spec, near, "far")
 
     def build_fused(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
@@ -128,7 +153,9 @@ class Pyramid(FarPart):
         self.check(spec, near)
         assert isinstance(near, Blocks)
         block = per_axis(near.block, spec.dims, "Blocks.block")
-        return _Pyramid(self, spec, geometry(self.grid or block, block, per_axis(self.rank, spec.dims, "rank")), part)
+        levels = self.levels if self.grid is not None else None
+        shape = geometry(self.grid or block, block, per_axis(self.rank, spec.dims, "Pyramid.rank"), levels)
+        return _Pyramid(self, spec, shape, part)
 
 
 class _Pyramid(nn.Module):
@@ -158,11 +185,10 @@ class _Pyramid(nn.Module):
     def reset_parameters(self) -> None:
         """Summaries average, the far field is quiet."""
         if self.level_bias is not None:
-            assert self.options.bias is not None
-            nn.init.constant_(self.level_bias, self.options.bias / FAST)
+            nn.init.zeros_(self.level_bias)
         if self.options.summary == "shared":
             for weight in self.weights.values():
-                nn.init.constant_(weight, 1.0 / weight.shape[1])
+                nn.init.ones_(weight)
         elif self.options.summary == "pooled":
             nn.init.zeros_(self.weights["query"])
         elif self.options.summary == "learned":
@@ -176,7 +202,9 @@ class _Pyramid(nn.Module):
         """The summary with its present weights, as the operator takes it."""
         w = self.weights
         if self.options.summary == "shared":
-            return SharedSummary(w["key_leaf"], w["key_up"], w["value_leaf"], w["value_up"])
+            # Stored relative to averaging: while the far field is quiet, Adam turns its tiny gradients into full steps, which
+            # are small beside 1 but not beside 1 / size.
+            return SharedSummary(*(w[name] / w[name].shape[1] for name in SharedSummary._fields))
         if self.options.summary == "pooled":
             return PooledSummary(w["query"])
         if self.options.summary == "learned":
@@ -185,6 +213,20 @@ class _Pyramid(nn.Module):
                 tuple(LevelWeights(*(w[f"{n}_{i}"] for n in names)) for i in range(1, self.shape.levels + 1))
             )
         return "mean"
+
+    def biases(self) -> Tensor | None:
+        """[levels, query heads] the bias of each level and head; None without."""
+        if self.level_bias is None or self.options.bias is None:
+            return None
+        return self.options.bias + FAST * self.level_bias
+
+    def _levels(self, inputs: Inputs) -> int | None:
+        """The levels that were asked for, or all of a shorter input that has fewer."""
+        asked = self.options.levels
+        if asked is None:
+            return None
+        longest = inputs.grid if inputs.cu_seqlens is None else (int(inputs.cu_seqlens.diff().max()),)
+        return min(asked, default_levels(longest, self.shape.block))
 
     def forward(self, inputs: Inputs) -> AttentionState:
         """The attention state of the far field, or of near and far field when fused."""
@@ -207,7 +249,7 @@ class _Pyramid(nn.Module):
             grid=inputs.grid,
             block=self.shape.block,
             rank=self.shape.rank,
-            levels=options.levels,
+            levels=self._levels(inputs),
             causal=inputs.causal,
             key_mask=inputs.key_mask,
             cu_seqlens=inputs.cu_seqlens,
@@ -217,7 +259,7 @@ class _Pyramid(nn.Module):
             sinks=options.sinks,
             dropout=inputs.dropout,
             summary=summary,
-            level_bias=None if self.level_bias is None else self.level_bias * FAST,
+            level_bias=self.biases(),
             return_lse=True,
             part=self.part,
         )
@@ -233,7 +275,7 @@ class _Pyramid(nn.Module):
             grid=inputs.grid,
             block=block,
             rank=rank,
-            levels=options.levels,
+            levels=self._levels(inputs),
             key_mask=inputs.key_mask,
             sinks=options.sinks,
             summary=summary,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from farfield.geometry import per_axis
-from farfield.merge import AttentionState
+from farfield.ops.state import AttentionState
 from farfield.ops.multipole import multipole_attention
 from farfield.parts import Inputs, LayerSpec, NearPart, Part
 

@@ -64,9 +64,7 @@ class _Conv(nn.Module):
         """The convolved values `[B, Hq, N, D]`."""
         if inputs.cu_seqlens is not None:
             return by_segment(inputs, self.forward)
-        v = inputs.v
-        if inputs.key_mask is not None:
-            v = v * inputs.key_mask[:, None, :, None]
+        v = inputs.v  # 0 at hidden tokens
         planes = v.transpose(2, 3).flatten(1, 2).unflatten(2, inputs.grid)
         mixed = self.conv(F.pad(planes, self.padding)).flatten(2).unflatten(1, (v.shape[1], v.shape[3]))
         return repeat_heads(mixed.transpose(2, 3), inputs.q.shape[1])

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farfield.merge import AttentionState, attend_dense
-from farfield.parts import Inputs, LayerSpec, NearPart, Part, repeat_heads
+from farfield.ops.state import AttentionState, attend_dense
+from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, repeat_heads
 from farfield.rope import segment_positions
 
 __all__ = ["Dense", "dense_output"]
@@ -36,7 +36,7 @@ class Dense(NearPart):
         return _Dense()
 
 
-class _Dense(nn.Module):
+class _Dense(OutputModule):
     def forward(self, inputs: Inputs) -> AttentionState:
         """Attention with its log-sum-exp."""
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from farfield.merge import AttentionState
+from farfield.ops.state import AttentionState
 from farfield.near.dense import dense_output
 from farfield.ops.window import window_attention
 from farfield.ops.window.api import check_rule
-from farfield.parts import Inputs, LayerSpec, NearPart, Part
+from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, head_norm
 
 __all__ = ["Window"]
 
@@ -53,7 +53,7 @@ class Window(NearPart):
         return _Window(self, spec)
 
 
-class _Window(nn.Module):
+class _Window(OutputModule):
     def __init__(self, part: Window, spec: LayerSpec) -> None:
         super().__init__()
         self.size, self.stride, self.dilation = check_rule(part.size, part.stride, part.dilation, spec.dims)
@@ -92,9 +92,3 @@ class _Window(nn.Module):
         if self.norm is None:
             return inputs
         return replace(inputs, k=head_norm(self.norm, inputs.k), v=head_norm(self.norm, inputs.v))
-
-
-def head_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """A LayerNorm over the channels of all heads of `[B, H, N, D]`."""
-    flat: Tensor = norm(x.transpose(1, 2).flatten(2))
-    return flat.view(*flat.shape[:2], x.shape[1], x.shape[3]).transpose(1, 2).to(x.dtype)

@@ -80,7 +80,7 @@ class Lists:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of normalised weights at ``rate`` in [0, 1), drawn from ``seed`` so that the backward pass draws the same."""
+    """Dropout of normalised weights: ``rate`` in [0, 1); ``seed`` lets the backward pass draw the same."""
 
     rate: float
     seed: int

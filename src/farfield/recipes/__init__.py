@@ -29,13 +29,13 @@ def get(name: str) -> Recipe:
     return _REGISTRY.get(name)
 
 
-def options(name: str) -> dict[str, Any]:
-    """The options of a recipe with their defaults.
+def options(name: str, dims: int = 1) -> dict[str, Any]:
+    """The options of a recipe with their defaults in `dims` dimensions.
 
     Raises:
         ValueError: for an unknown name.
     """
-    return get(name).options()
+    return get(name).options(dims)
 
 
 def build(name: str, dim: int, num_heads: int, *, causal: bool = False, **arguments: Any) -> Attention:

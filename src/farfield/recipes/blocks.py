@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from farfield.near.blocks import Blocks
-from farfield.recipes.registry import Parts, Recipe, Setting
+from farfield.recipes.registry import BLOCK, Parts, Recipe, Setting
 
 __all__ = ["RECIPE"]
 
 
-def _parts(setting: Setting, block: int = 64) -> Parts:
+def _parts(setting: Setting, block: int | tuple[int, ...] = BLOCK) -> Parts:
     return Parts(near=Blocks(block))
 
 

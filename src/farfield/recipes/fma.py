@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from farfield.far.pyramid import Pyramid
 from farfield.near.blocks import Blocks
-from farfield.recipes.registry import Parts, Recipe, Setting
+from farfield.recipes.registry import BLOCK, RANK, Parts, Recipe, Setting
 
 __all__ = ["RECIPE"]
 
 
 def _parts(
     setting: Setting,
-    block: int | tuple[int, ...] = 64,
-    rank: int | tuple[int, ...] = 8,
+    block: int | tuple[int, ...] = BLOCK,
+    rank: int | tuple[int, ...] = RANK,
     summary: str = Pyramid.summary,
     levels: int | None = None,
     count_bias: bool = True,

@@ -12,7 +12,27 @@ from farfield.attention import Attention
 from farfield.merge import Merge
 from farfield.parts import FarPart, NearPart
 
-__all__ = ["Parts", "Recipe", "Setting"]
+__all__ = ["BLOCK", "RANK", "ByDims", "Parts", "Recipe", "Setting"]
+
+
+@dataclass(frozen=True)
+class ByDims:
+    """A default that depends on the dimensions: the value in 1-D, in 2-D and in 3-D."""
+
+    line: int
+    plane: int
+    volume: int
+
+    def of(self, dims: int) -> int:
+        """The default in that many dimensions."""
+        return (self.line, self.plane, self.volume)[dims - 1]
+
+
+BLOCK: Any = ByDims(64, 8, 4)
+"""The default side of a block, 64 tokens or pixels in 1-D, 2-D and 3-D. Any, to stand as the default of an int."""
+
+RANK: Any = ByDims(8, 2, 1)
+"""The default rank per axis of a block of the default side."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,8 @@ class Recipe:
         dims: dimensions in which it works.
         causal: whether it can be built causal.
         proof: id of the test that proves it right.
-        parts: `parts(setting, **options) -> Parts`; its keyword arguments are the recipe's options.
+        parts: `parts(setting, **options) -> Parts`; its keyword arguments are the recipe's options. A default may be a
+            :class:`ByDims`; the function is given its value.
         status: "tested" when the proof runs in the suite.
     """
 
@@ -71,10 +92,10 @@ class Recipe:
     parts: Callable[..., Parts]
     status: str = "tested"
 
-    def options(self) -> dict[str, Any]:
-        """The options that `build` accepts beside the layer's own arguments, with their defaults."""
-        parameters = list(inspect.signature(self.parts).parameters.values())[1:]
-        return {parameter.name: parameter.default for parameter in parameters}
+    def options(self, dims: int = 1) -> dict[str, Any]:
+        """The options that `build` accepts beside the layer's own arguments, with their defaults in `dims` dimensions."""
+        defaults = {p.name: p.default for p in list(inspect.signature(self.parts).parameters.values())[1:]}
+        return {name: value.of(dims) if isinstance(value, ByDims) else value for name, value in defaults.items()}
 
     def build(
         self,
@@ -84,55 +105,44 @@ class Recipe:
         causal: bool = False,
         layer: int = 0,
         dims: int = 1,
-        rope: float | None = None,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        qkv_bias: bool = False,
-        proj_bias: bool = False,
-        qk_norm: bool = False,
-        dropout: float = 0.0,
-        **options: Any,
+        **arguments: Any,
     ) -> Attention:
         """The layer of this recipe.
 
         Args:
-            dim, num_heads, causal, dims, rope, num_kv_heads, head_dim, qkv_bias, proj_bias, qk_norm, dropout: as in
-                :class:`farfield.attention.Attention`.
+            dim, num_heads, causal, dims: as in :class:`farfield.attention.Attention`.
             layer: index of the layer in its model; recipes that alternate choose by it.
-            **options: of the recipe, see `options()`.
+            **arguments: options of the recipe, see `options()`, and the other arguments of the layer: `rope`,
+                `num_kv_heads`, `head_dim`, `dropout`, `device`, `dtype`, ...
 
         Raises:
-            TypeError: for an option that the recipe does not have.
+            TypeError: for an option that neither the recipe nor the layer has.
             ValueError: when the recipe cannot be causal or does not work in that many dimensions, or the layer refuses.
         """
-        known = self.options()
-        for name in options:
-            if name not in known:
-                accepted = ", ".join(f"{key}={value!r}" for key, value in known.items()) or "none"
-                given = f"{name}={options[name]!r}"
-                raise TypeError(f"recipe {self.name!r} has no option {given}; its options: {accepted}")
         if dims not in self.dims:
             works = ", ".join(f"{d}-D" for d in self.dims)
             raise ValueError(f"recipe {self.name!r} works in {works}; dims={dims!r} was asked for")
+        options, of_layer = self.options(dims), {}
+        for name, value in arguments.items():
+            if name in options:
+                options[name] = value
+            elif name in _LAYER_ARGUMENTS:
+                of_layer[name] = value
+            else:
+                accepted = ", ".join(f"{key}={default!r}" for key, default in self.options(dims).items()) or "none"
+                raise TypeError(f"recipe {self.name!r} has no option {name}={value!r}; its options: {accepted}")
         if causal and not self.causal:
             raise ValueError(f"recipe {self.name!r} cannot be causal: its far field reads the whole sequence")
         parts = self.parts(Setting(causal=causal, layer=layer, dims=dims), **options)
         return Attention(
-            dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            causal=causal,
-            near=parts.near,
-            far=parts.far,
-            merge=parts.merge,
-            dims=dims,
-            rope=rope,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            qk_norm=qk_norm,
-            dropout=dropout,
+            dim, num_heads, causal=causal, near=parts.near, far=parts.far, merge=parts.merge, dims=dims, **of_layer
         )
+
+
+_LAYER_ARGUMENTS = frozenset(inspect.signature(Attention).parameters) - {
+    "dim", "num_heads", "causal", "near", "far", "merge", "dims"
+}  # fmt: skip
+"""What a caller may say about the layer; the rest the recipe decides, or `build` names."""
 
 
 class Registry:

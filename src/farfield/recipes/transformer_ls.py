@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from farfield.far.projection import Projection
 from farfield.near.window import Window
-from farfield.recipes.registry import Parts, Recipe, Setting
+from farfield.recipes.registry import BLOCK, Parts, Recipe, Setting
 
 __all__ = ["RECIPE"]
 
 
-def _parts(setting: Setting, block: int = 64, rank: int = 8, dual_norm: bool = True) -> Parts:
+def _parts(setting: Setting, block: int = BLOCK, rank: int = 8, dual_norm: bool = True) -> Parts:
     if setting.causal:
         # The window covers the query's own chunk, whose landmarks it may not see.
         near = Window(max(1, block * 3 // 2), kv_norm=dual_norm)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from farfield.near.window import Window
-from farfield.recipes.registry import Parts, Recipe, Setting
+from farfield.recipes.registry import BLOCK, Parts, Recipe, Setting
 
 __all__ = ["RECIPE"]
 
 
 def _parts(
-    setting: Setting, block: int = 64, size: int | tuple[int, ...] | None = None, stride: int = 1, dilation: int = 1
+    setting: Setting, block: int = BLOCK, size: int | tuple[int, ...] | None = None, stride: int = 1, dilation: int = 1
 ) -> Parts:
     if size is None:
         # As many exact keys as the multipole method's near field reads on average, so that the two compare.

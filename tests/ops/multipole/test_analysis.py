@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.multipole_cases import Case, cases, geometries, make_summary, tensors
 
 import farfield as ff
 from farfield.geometry import Geometry, geometry
 from farfield.ops.multipole.analysis import LevelError
+from support.multipole_cases import Case, cases, geometries, make_summary, tensors
 
 
 def options_of(case: Case, *without: str) -> dict[str, Any]:
@@ -73,11 +73,16 @@ def test_effective_weights_of_linear_summaries(kind: str) -> None:
     summary = make_summary(kind, g, 1, 2, 3)
     with torch.no_grad():
         if isinstance(summary, ff.SharedSummary):
-            summary = summary._replace(value_leaf=summary.value_leaf[..., :1].expand(-1, -1, 3), value_up=summary.value_up[..., :1].expand(-1, -1, 3))
+            summary = summary._replace(
+                value_leaf=summary.value_leaf[..., :1].expand(-1, -1, 3),
+                value_up=summary.value_up[..., :1].expand(-1, -1, 3),
+            )
         else:
             assert isinstance(summary, ff.LearnedSummary)
             levels = (
-                level._replace(value_weight=level.value_weight[:, :1].expand(-1, 3, -1), value_bias=0 * level.value_bias)
+                level._replace(
+                    value_weight=level.value_weight[:, :1].expand(-1, 3, -1), value_bias=0 * level.value_bias
+                )
                 for level in summary.levels
             )
             summary = ff.LearnedSummary(tuple(levels))
@@ -89,7 +94,7 @@ def test_effective_weights_of_linear_summaries(kind: str) -> None:
 def test_effective_weights_refuses_what_it_cannot_know() -> None:
     q, k, v = (x.detach() for x in tensors(1, 2, 2, 40, 3))
     ready = ff.summarise(k, v, block=4, rank=2)
-    with pytest.raises(ValueError, match="ready Pyramid.*pass 'mean' or weights"):
+    with pytest.raises(ValueError, match=r"ready Pyramid.*pass 'mean' or weights"):
         ff.effective_weights(q, k, block=4, rank=2, summary=ready)
     with pytest.raises(TypeError, match=r"unknown option \['dropout'\].*block"):
         ff.effective_weights(q, k, block=4, rank=2, dropout=0.1)

@@ -8,17 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.multipole_cases import KINDS, Case, cases, geometries, make_summary, tensors
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import farfield as ff
 from farfield.geometry import Geometry, geometry
-from farfield.ops.multipole import averaging
+from farfield.ops.multipole import averaging, reference
+from farfield.ops.multipole.analysis import _arguments, _pieces
+from farfield.ops.multipole.summary import pack, unpack
+from support.multipole_cases import KINDS, Case, cases, geometries, make_summary, tensors
 
 IMPLS = ("torch", "reference")
 
-# What the definition promises --------------------------------------------------------------------------------------------------
+# What the definition promises -----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40)
@@ -31,7 +33,7 @@ def test_ones_give_ones(case: Case, impl: str) -> None:
 @settings(max_examples=20)
 @given(cases(kinds=("mean",)))
 def test_averaging_weights_are_the_mean(case: Case) -> None:
-    """The shared summary at its start, the pooled one with a zero query and ready means are all the mean, ones give ones too."""
+    """The shared summary at its start and the pooled one with a zero query are the mean; ones give ones too."""
     truth = case.run()
     heads, width = case.key.shape[1], case.key.shape[3]
     shared = averaging(case.shape, heads, width, torch.float64)
@@ -67,7 +69,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None
     ("grid", "block", "rank", "levels"),
     [
         ((16,), 8, 2, 0), ((9,), 8, 1, 0), ((1,), 4, 2, 0), ((7, 8), 4, 2, 0), ((3, 4, 2), 2, 1, 0),  # no far field
-        ((32,), 8, 8, 1), ((13,), 4, 4, 1), ((40,), 4, 4, 1), ((9, 14), (3, 4), (3, 4), 1), ((7, 4, 3), 2, 2, 1),  # cells of one token
+        ((32,), 8, 8, 1), ((13,), 4, 4, 1), ((40,), 4, 4, 1), ((9, 14), (3, 4), (3, 4), 1),
+        ((7, 4, 3), 2, 2, 1),  # the last five: cells of one token
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("causal", [False, True])
@@ -81,7 +84,17 @@ def test_exact_limits(grid: tuple[int, ...], block: Any, rank: Any, levels: int,
     for key_mask in (None, mask):
         for sinks in (0, 2):
             out = ff.multipole_attention(
-                q, k, v, grid=grid, block=block, rank=rank, levels=levels, causal=causal, key_mask=key_mask, sinks=sinks, impl=impl
+                q,
+                k,
+                v,
+                grid=grid,
+                block=block,
+                rank=rank,
+                levels=levels,
+                causal=causal,
+                key_mask=key_mask,
+                sinks=sinks,
+                impl=impl,
             )
             truth = exact(q, k, v, causal, key_mask)
             torch.testing.assert_close(out, truth)
@@ -124,13 +137,13 @@ def test_exact_when_far_cells_are_constant(g: Geometry, causal: bool, kind: str,
     torch.testing.assert_close(out[:, :, probe], exact(q, k, v, causal)[:, :, probe])
 
 
-# Causality ---------------------------------------------------------------------------------------------------------------------
+# Causality ------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40)
 @given(cases(dims=(1,), kinds=("mean", "shared", "pooled", "learned"), pooled_queries=False), st.data())
 def test_the_future_cannot_be_seen(case: Case, data: st.DataObject) -> None:
-    """Changing everything after token i, to enormous values too, leaves the outputs up to i bit for bit; gradients are exactly 0."""
+    """Whatever comes after token i, enormous values too, outputs up to i stay bit for bit; gradients are exactly 0."""
     case.options["causal"] = True
     number = case.shape.tokens
     i = data.draw(st.integers(0, number - 1))
@@ -157,12 +170,14 @@ def test_the_past_is_seen() -> None:
     assert all((g.abs().sum(-1) > 0).all() for g in grads)
 
 
-# Precision ---------------------------------------------------------------------------------------------------------------------
+# Precision ------------------------------------------------------------------------------------------------------------
 
 
 def plain_torch(q: Tensor, k: Tensor, v: Tensor, g: Geometry, causal: bool) -> Tensor:
-    """The same formula by ordinary torch operations, everything in the precision of the inputs: cell means, one list of scores on all
-    tokens and cells, torch.softmax, one product with all values."""
+    """The same formula by ordinary torch operations, everything in the precision of the inputs.
+
+    Cell means, one list of scores on all tokens and cells, torch.softmax, one product with all values.
+    """
     where = torch.arange(g.tokens)
     block = where // g.block[0]
     seen = [(block[:, None] - block[None]).abs() <= 1]
@@ -196,10 +211,12 @@ def test_plain_torch_is_the_same_formula() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("number", "block", "rank", "causal"), [(500, 16, 4, True), (333, 16, 8, False), (96, 48, 8, True)])
+@pytest.mark.parametrize(
+    ("number", "block", "rank", "causal"), [(500, 16, 4, True), (333, 16, 8, False), (96, 48, 8, True)]
+)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_error_budget(dtype: torch.dtype, number: int, block: int, rank: int, causal: bool, scale: float) -> None:
-    """Against float64 at most twice the error of plain torch in the same precision, three times for gradients (relative RMS)."""
+    """Against float64 at most twice the error (RMS) of plain torch in the same precision, three times for gradients."""
     g = geometry((number,), block, rank)
     leaves = [(x.detach() * scale).to(dtype).requires_grad_() for x in tensors(2, 4, 4, number, 32)]
     wide = [x.detach().double().requires_grad_() for x in leaves]
@@ -210,7 +227,7 @@ def test_error_budget(dtype: torch.dtype, number: int, block: int, rank: int, ca
     assert isinstance(ours, Tensor) and isinstance(truth, Tensor) and ours.dtype == dtype
 
     def rms(x: Tensor, y: Tensor) -> float:
-        return float((x.double() - y).square().mean().sqrt())
+        return (x.detach().double() - y.detach()).square().mean().sqrt().item()
 
     assert rms(ours, truth) <= 2 * rms(plain, truth)
     assert (ours.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max()
@@ -232,15 +249,15 @@ def test_error_budget_against_sdpa_where_the_method_is_exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{"causal": True, "sinks": 2}, {"query_rank": 2}, {"part": "far"}, {"part": "near"}])
+@pytest.mark.parametrize(
+    "options", [{"causal": True, "sinks": 2}, {"query_rank": 2}, {"part": "far"}, {"part": "near"}]
+)
 @pytest.mark.parametrize("kind", ["mean", "shared", "pooled", "learned", "given"])
 def test_dtypes(dtype: torch.dtype, kind: str, options: dict[str, Any]) -> None:
-    """Output and gradients in the dtype of the inputs, lse in float32 or wider, weights in whatever they are kept in."""
+    """Output and gradients in the dtype of the inputs, lse in float32 or wider, weights in their own."""
     g = geometry((50,), 4, 2)
     summary = make_summary(kind, g, 1, 2, 8)
     if not isinstance(summary, str):
-        from farfield.ops.multipole.summary import pack, unpack
-
         name, weights = pack(summary)
         summary = unpack(name, [w.detach().float().requires_grad_() for w in weights])
     bias = torch.zeros(g.levels, 4, requires_grad=True)
@@ -258,29 +275,34 @@ def test_dtypes(dtype: torch.dtype, kind: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{"causal": True}, {"query_rank": 2}])
 def test_autocast_is_a_cast_of_the_inputs(kind: str, options: dict[str, Any]) -> None:
-    """Under autocast the call equals the call with cast inputs outside, bit for bit: the arithmetic inside stays float32."""
+    """The call equals that with cast inputs outside, bit for bit: the arithmetic inside stays float32."""
     g = geometry((50,), 4, 2)
     summary = make_summary(kind, g, 1, 2, 8)
     if not isinstance(summary, str):
-        from farfield.ops.multipole.summary import pack, unpack
-
         name, weights = pack(summary)
         summary = unpack(name, [w.detach().float().requires_grad_() for w in weights])
     q, k, v = (x.detach().float().requires_grad_() for x in tensors(1, 4, 2, 50, 8))
     case = Case(g, q, k, v, summary, None, dict(options))
     low = {"query": q.bfloat16(), "key": k.bfloat16(), "value": v.bfloat16()}
-    for impl in IMPLS:
-        truth = case.gradients(impl=impl, **low)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = case.gradients(impl=impl)
-        assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
-        assert torch.equal(got[0], truth[0]) and torch.equal(got[1], truth[1])
-        for a, b in zip(got[2], truth[2], strict=True):
-            assert a.dtype == torch.float32
-            torch.testing.assert_close(a, b, atol=0.0 if impl == "torch" else 1e-2, rtol=0.0 if impl == "torch" else 5e-2)
+    truth = case.gradients(**low)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = case.gradients()
+        dense = case.run(impl="reference")
+    assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
+    assert torch.equal(got[0], truth[0]) and torch.equal(got[1], truth[1])
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(got[2], truth[2], strict=True))
+    for x, y in zip(dense, case.run(impl="reference", **low), strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
 
 
-# Dropout -----------------------------------------------------------------------------------------------------------------------
+def test_autocast_leaves_float64_alone() -> None:
+    q, k, v = (x.detach() for x in tensors(1, 4, 2, 50, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ff.multipole_attention(q, k, v, block=4, rank=2)
+    assert torch.equal(out, ff.multipole_attention(q, k, v, block=4, rank=2))  # type: ignore[arg-type]
+
+
+# Dropout --------------------------------------------------------------------------------------------------------------
 
 DROPPED = [{"causal": True}, {"query_rank": 2}, {"grid": (5, 10), "sinks": 2}, {"part": "far"}, {"part": "near"}]
 
@@ -316,7 +338,7 @@ def test_dropout_keeps_the_mean(options: dict[str, Any], impl: str) -> None:
     error = (out.mean(0) - truth[0]) / (out.std(0) / draws**0.5).clamp(min=1e-9)
     assert (out.std(0) > 0).double().mean() > 0.9
     assert error.abs().max() < 6 and error.square().mean() < 2.0
-    # Values of one: every output is (kept weights) / (1 - rate), whose variance is rate / (1 - rate) * sum of squared weights.
+    # Values of one: an output is (kept weights) / (1 - rate), of variance rate / (1 - rate) * sum of squared weights.
     ones = many[2] * 0 + 1
     spread = ff.multipole_attention(many[0], many[1], ones, dropout=0.25, **options)[0][..., 0].var(0)
     w = _squares(q, k, {n: o for n, o in options.items() if n not in ("return_lse", "impl")})
@@ -325,9 +347,6 @@ def test_dropout_keeps_the_mean(options: dict[str, Any], impl: str) -> None:
 
 def _squares(q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
     """[H, N] sum of the squared weights on tokens and cells."""
-    from farfield.ops.multipole import reference
-    from farfield.ops.multipole.analysis import _arguments, _pieces
-
     call, fixed = _arguments(q, k, k, options)
     ((_, shape, valid),) = _pieces(call)
     w = reference.weights(call["query"], call["key"], call["value"], shape=shape, valid=valid, summary="mean", **fixed)
@@ -346,14 +365,10 @@ def test_dropout_gradients(options: dict[str, Any]) -> None:
             q, k, v, block=4, rank=2, dropout=0.3, level_bias=bias, return_lse=True, **options
         )  # type: ignore[return-value]
 
-    finite = [{"part": "far"}]
-    if options in finite:  # the middle blocks see nothing far: their lse is -inf
-        assert torch.autograd.gradcheck(lambda *x: run(*x)[0], (q, k, v, bias), fast_mode=True)
-    else:
-        assert torch.autograd.gradcheck(run, (q, k, v, bias), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (q, k, v, bias), fast_mode=True)
 
 
-# Bad input ---------------------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -414,8 +429,8 @@ SMALL = {"block": 4, "rank": 2}  # levels: 3
         ((Q, KV, KV), {"level_bias": zeros(3)}, ValueError, ["[3]", "Hq=4"]),
         ((Q, KV, KV), {"level_bias": zeros(3, 2)}, ValueError, ["[3, 2]", "Hq=4"]),
         ((Q, KV, KV), {"level_bias": zeros(2, 4)}, ValueError, ["2 rows", "3 levels"]),
-        ((Q, KV, KV), {"level_bias": zeros(1, 4), "cu_seqlens": torch.tensor([0, 64])}, ValueError, ["1 rows", "3 levels"]),
-        ((Q, KV, KV), {"level_bias": zeros(2, 4), "cu_seqlens": torch.tensor([0, 64])}, ValueError, ["2 rows", "3 levels"]),
+        ((Q, KV, KV), {"level_bias": zeros(1, 4), "cu_seqlens": torch.tensor([0, 64])}, ValueError, ["1 rows", "3"]),
+        ((Q, KV, KV), {"level_bias": zeros(2, 4), "cu_seqlens": torch.tensor([0, 64])}, ValueError, ["2 rows", "3"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("impl", [None, "reference"])

@@ -1,4 +1,4 @@
-"""The reference engine against the definition written out one query at a time, and against itself where it must be smooth."""
+"""The reference engine against the definition written out one query at a time; smooth to the second order."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from support import multipole_oracle as oracle
-from support.multipole_cases import Case, cases, make_summary, tensors
 
 import farfield as ff
 from farfield.geometry import geometry
+from support import multipole_oracle as oracle
+from support.multipole_cases import Case, cases, make_summary, tensors
 
 
 def by_words(case: Case, b: int, h: int, part: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The torch engine: equal to the reference in everything, gradients included, and safe where numbers are missing or not numbers."""
+"""The torch engine: equal to the reference, gradients included, and safe where numbers are missing or are none."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.multipole_cases import KINDS, Case, assert_same, cases, make_summary, tensors
 from torch import Tensor
 
 import farfield as ff
 from farfield.geometry import geometry
 from farfield.ops import tiles
 from farfield.ops.multipole.summary import pack, unpack
+from support.multipole_cases import KINDS, Case, assert_same, cases, make_summary, tensors
 
 Run = tuple[Tensor, Tensor, list[Tensor]]
 
@@ -77,7 +77,9 @@ def test_new_memory_is_never_read(case: Case) -> None:
 
 
 @settings(max_examples=30)
-@given(cases(kinds=("mean", "shared", "pooled", "learned"), packed=False), st.sampled_from((float("nan"), float("inf"))))
+@given(
+    cases(kinds=("mean", "shared", "pooled", "learned"), packed=False), st.sampled_from((float("nan"), float("inf")))
+)
 def test_hidden_tokens_leak_nothing(case: Case, poison: float) -> None:
     """Keys and values that the mask hides may hold anything; their gradients are zero."""
     if "key_mask" not in case.options:
@@ -110,7 +112,9 @@ def test_queries_of_hidden_tokens_leak_nothing(case: Case) -> None:
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{"causal": True}, {"query_rank": 2}, {"causal": True, "sinks": 2}, {"part": "far"}])
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"query_rank": 2}, {"causal": True, "sinks": 2}, {"part": "far"}]
+)
 def test_rows_that_see_nothing(kind: str, impl: str, options: dict[str, Any]) -> None:
     """0 and -inf, with zero gradients and no NaN, whatever flows into output and lse."""
     g = geometry((37,), 4, 2)
@@ -186,14 +190,26 @@ def test_padding_at_the_end_does_not_show(data: st.DataObject) -> None:
             torch.testing.assert_close(got, torch.zeros_like(got) if wanted is None else wanted)
 
 
-@settings(max_examples=25)
+@pytest.mark.parametrize("bounds", [[0, 4, 16], [0, 4, 16, 18, 22], [0, 2, 18, 22, 22], [0, 2, 8, 14, 22]])
+@pytest.mark.parametrize("block", [1, 2])
+def test_packed_sequences_that_fill_all_blocks(bounds: list[int], block: int) -> None:
+    """No padding at all, yet sequences with more levels come first in the block order."""
+    g = geometry((bounds[-1] * block,), block, 1)
+    case = Case(g, *tensors(1, 2, 1, g.tokens, 3), "mean", None, {"causal": True, "levels": None})
+    case.options["cu_seqlens"] = torch.tensor(bounds) * block
+    both_engines(case)
+
+
+@settings(max_examples=40)
 @given(cases(kinds=("mean", "shared", "pooled"), dims=(1,), packed=False))
 def test_packed_sequences_equal_each_alone(case: Case) -> None:
     cuts = sorted(torch.randint(0, case.shape.tokens + 1, (3,)).tolist())
     bounds = [0, *cuts, case.shape.tokens]
     case.options.pop("key_mask", None)
     case.options["levels"] = None
-    together = case.run(cu_seqlens=torch.tensor(bounds), key_mask=torch.zeros(case.key.shape[0], case.shape.tokens, dtype=torch.bool))
+    together = case.run(
+        cu_seqlens=torch.tensor(bounds), key_mask=torch.zeros(case.key.shape[0], case.shape.tokens, dtype=torch.bool)
+    )
     for start, stop in zip(bounds, bounds[1:], strict=False):
         if stop > start:
             q, k, v = (x[:, :, start:stop] for x in (case.query, case.key, case.value))
@@ -275,7 +291,9 @@ def test_gradient_of_lse_alone() -> None:
 
 def test_large_scores_neither_overflow_nor_lose_rows() -> None:
     g = geometry((70,), 4, 2)
-    case = Case(g, *(x.detach().mul(300).requires_grad_() for x in tensors(1, 2, 2, 70, 4)), "mean", None, {"causal": True})
+    case = Case(
+        g, *(x.detach().mul(300).requires_grad_() for x in tensors(1, 2, 2, 70, 4)), "mean", None, {"causal": True}
+    )
     both_engines(case)
     q, k, v = (x.detach().float() for x in (case.query, case.key, case.value))
     out = ff.multipole_attention(q, k, v, block=4, rank=2, causal=True)

@@ -18,8 +18,8 @@ from farfield.ops.multipole.api import normalise
 from farfield.ops.multipole.summary import LearnedSummary, LevelWeights, Pyramid, SharedSummary, Summary
 
 _DEFAULTS: dict[str, Any] = {
-    "grid": None, "block": 64, "rank": 8, "levels": None, "causal": False, "key_mask": None, "cu_seqlens": None, "scale": None,
-    "query_rank": None, "sinks": 0, "summary": "mean", "level_bias": None, "part": "both",
+    "grid": None, "block": 64, "rank": 8, "levels": None, "causal": False, "key_mask": None, "cu_seqlens": None,
+    "scale": None, "query_rank": None, "sinks": 0, "summary": "mean", "level_bias": None, "part": "both",
 }  # fmt: skip
 
 
@@ -149,24 +149,29 @@ class ErrorReport:
     def __str__(self) -> str:
         head = "level  tokens/query  exact mass  mass    score rms  weight L1  output"
         rows = [
-            f"{'near' if e.level == 0 else e.level:>5}  {e.tokens:>12.1f}  {e.exact_mass:>10.4f}  {e.mass:.4f}  {e.score:>9.4f}  "
-            f"{e.weight:>9.4f}  {e.output:.4f}"
+            f"{'near' if e.level == 0 else e.level:>5}  {e.tokens:>12.1f}  {e.exact_mass:>10.4f}  {e.mass:.4f}  "
+            f"{e.score:>9.4f}  {e.weight:>9.4f}  {e.output:.4f}"
             for e in self.levels
         ]
-        total = f"  all  {'':>12}  {'':>10}  {'':>6}  {self.score:>9.4f}  {self.weight:>9.4f}  {self.output:.4f}   lse rms {self.lse:.4f}"
+        total = (
+            f"  all  {'':>12}  {'':>10}  {'':>6}  "
+            f"{self.score:>9.4f}  {self.weight:>9.4f}  {self.output:.4f}   lse rms {self.lse:.4f}"
+        )
         return "\n".join([head, *rows, total])
 
 
 def error_report(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> ErrorReport:
-    """Compares multipole attention with exact softmax attention over the same visible tokens: scores, weights and
-    outputs, by level.
+    """Compares multipole attention with exact softmax attention over the same visible tokens, level by level.
 
     Args:
         query: [B, Hq, N, D]; key, value: [B, Hkv, N, D].
         **options: as :func:`effective_weights`, without cu_seqlens and part. A ready Pyramid is refused.
 
     Returns:
-        ErrorReport, computed in float64. Memory O(N^2).
+        ErrorReport of scores, weights and outputs, computed in float64. Memory O(N^2).
+
+    Raises:
+        ValueError, TypeError: as the operator; for what :func:`effective_weights` takes and this does not.
     """
     for name in ("cu_seqlens", "part"):
         if options.get(name) not in (None, "both"):
@@ -176,72 +181,104 @@ def error_report(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> E
     call, fixed = _arguments(query, key, value, options)
     q, k, v = call["query"], call["key"], call["value"]
     ((_, shape, valid),) = _pieces(call)
-    repeat, number = q.shape[1] // k.shape[1], q.shape[2]
-    eye = torch.eye(number, dtype=q.dtype, device=q.device).expand(*k.shape[:2], number, number)
-    w = reference.weights(q, k, eye, shape=shape, valid=valid, summary=_per_token(call["summary"], number), **fixed)
-    real = reference.weights(q, k, v, shape=shape, valid=valid, summary=call["summary"], **fixed)
+    number = q.shape[2]
     where = reference.Coordinates.of(shape, q.device)
-    allowed = valid[:, None, None, :].expand(-1, 1, number, -1)
-    if fixed["causal"]:
-        allowed = allowed & (where.position[:, None, 0] >= where.position[None, :, 0])
-    exact_scores = (fixed["scale"] * q @ k.repeat_interleave(repeat, 1).mT).masked_fill(~allowed, -torch.inf)
-    blind = ~allowed.any(-1, keepdim=True)
-    exact = torch.softmax(exact_scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
-    exact_lse = torch.logsumexp(exact_scores, -1)
-    values = v.masked_fill(~valid[:, None, :, None], 0.0).repeat_interleave(repeat, 1)
-    exact_out = exact @ values
-    norm = exact_out.norm().item() or 1.0
-    sink = torch.arange(number, device=q.device) < fixed["sinks"]
-    far_seen = []
-    for level in range(1, shape.levels + 1):
-        inside = reference.same_rows(where.cells(level), where.cell(level))
-        seen = (reference.far_visible(where, level, shape.levels, fixed["causal"]).double() @ inside.double()) > 0
-        far_seen.append(seen & ~sink)
-    near_seen = (
-        ~torch.stack(far_seen).any(0) if far_seen else torch.ones(number, number, dtype=torch.bool, device=q.device)
+    exact = _exact(q, k, v, where, valid, fixed)
+    eye = torch.eye(number, dtype=q.dtype, device=q.device).expand(*k.shape[:2], number, number)
+    traced = reference.weights(
+        q, k, eye, shape=shape, valid=valid, summary=_per_token(call["summary"], number), **fixed
     )
-    rows, far_square, far_number = [], 0.0, 0.0
-    out = real.tokens @ values
-    queries = exact.shape[0] * exact.shape[1] * number
-    for level, seen in enumerate([near_seen, *far_seen]):
-        mask = (seen & allowed).expand(exact.shape)
-        if level == 0:
-            weight, part, square = w.tokens, real.tokens @ values, 0.0
-        else:
-            weight, part = w.cells[level - 1] @ w.values[level - 1], real.cells[level - 1] @ real.values[level - 1]
-            inside = reference.same_rows(where.cells(level), where.cell(level)).double()
-            bare = _bare_scores(real.cell_scores[level - 1], where, level, valid & ~sink, fixed) @ inside
-            gap = torch.where(mask, bare - exact_scores, 0.0)
-            square = gap.square().sum().item()
-            out = out + part
-        count = mask.sum().item()
-        far_square, far_number = far_square + square, far_number + (count if level else 0)
-        rows.append(
-            LevelError(
-                level,
-                count / queries,
-                (exact * mask).sum().item() / queries,
-                weight.sum().item() / queries,
-                (square / count) ** 0.5 if count else 0.0,
-                torch.where(mask, weight - exact, 0.0).abs().sum().item() / queries,
-                (part - (exact * mask) @ values).norm().item() / norm,
-            )
-        )
-    finite = exact_lse > -torch.inf
+    real = reference.weights(q, k, v, shape=shape, valid=valid, summary=call["summary"], **fixed)
+    sink = torch.arange(number, device=q.device) < fixed["sinks"]
+    near, *far = _seen_by_level(where, sink, fixed["causal"])
+    out = real.tokens @ exact.values
+    rows = [_level_error(exact, 0, near, traced.tokens, out, 0.0)]
+    squares = 0.0
+    for level, seen in enumerate(far, start=1):
+        i = level - 1
+        inside = reference.same_rows(where.cells(level), where.cell(level)).double()
+        bare = _bare_scores(real.cell_scores[i], inside, level, valid & ~sink, fixed) @ inside
+        square = torch.where(seen & exact.allowed, bare - exact.scores, 0.0).square().sum().item()
+        part = real.cells[i] @ real.values[i]
+        rows.append(_level_error(exact, level, seen, traced.cells[i] @ traced.values[i], part, square))
+        squares, out = squares + square, out + part
+    far_tokens = sum((seen & exact.allowed).expand(exact.weights.shape).sum().item() for seen in far)
+    finite = exact.lse > -torch.inf
     return ErrorReport(
         tuple(rows),
-        (far_square / far_number) ** 0.5 if far_number else 0.0,
+        (squares / far_tokens) ** 0.5 if far_tokens else 0.0,
         sum(r.weight for r in rows),
-        (out - exact_out).norm().item() / norm,
-        (real.lse - exact_lse)[finite].square().mean().sqrt().item() if finite.any() else 0.0,
+        (out - exact.out).norm().item() / exact.norm,
+        (real.lse - exact.lse)[finite].square().mean().sqrt().item() if finite.any() else 0.0,
     )
 
 
-def _bare_scores(
-    scores: Tensor, where: reference.Coordinates, level: int, valid: Tensor, fixed: dict[str, Any]
-) -> Tensor:
-    """Cell scores without count and level bias, 0 where unseen."""
-    inside = reference.same_rows(where.cells(level), where.cell(level)).double()
+class _Exact(NamedTuple):
+    """Softmax attention over every visible token.
+
+    Attributes:
+        allowed: [B, 1, N, N] bool, tokens that a query may see.
+        scores, weights: [B, Hq, N, N].
+        lse: [B, Hq, N].
+        values, out: [B, Hq, N, D]; hidden values are 0.
+        norm: of the output, 1 where that is 0.
+    """
+
+    allowed: Tensor
+    scores: Tensor
+    weights: Tensor
+    lse: Tensor
+    values: Tensor
+    out: Tensor
+    norm: float
+
+
+def _exact(
+    query: Tensor, key: Tensor, value: Tensor, where: reference.Coordinates, valid: Tensor, fixed: dict[str, Any]
+) -> _Exact:
+    repeat = query.shape[1] // key.shape[1]
+    allowed = valid[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+    if fixed["causal"]:
+        allowed = allowed & (where.position[:, None, 0] >= where.position[None, :, 0])
+    scores = (fixed["scale"] * query @ key.repeat_interleave(repeat, 1).mT).masked_fill(~allowed, -torch.inf)
+    blind = ~allowed.any(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+    values = value.masked_fill(~valid[:, None, :, None], 0.0).repeat_interleave(repeat, 1)
+    out = weights @ values
+    return _Exact(allowed, scores, weights, torch.logsumexp(scores, -1), values, out, out.norm().item() or 1.0)
+
+
+def _seen_by_level(where: reference.Coordinates, sink: Tensor, causal: bool) -> list[Tensor]:
+    """Per level, near field and sinks first, [N, N] bool: tokens that a query sees through it."""
+    levels, number = where.shape.levels, where.shape.tokens
+    far = []
+    for level in range(1, levels + 1):
+        inside = reference.same_rows(where.cells(level), where.cell(level))
+        seen = (reference.far_visible(where, level, levels, causal).double() @ inside.double()) > 0
+        far.append(seen & ~sink)
+    near = ~torch.stack(far).any(0) if far else torch.ones(number, number, dtype=torch.bool, device=sink.device)
+    return [near, *far]
+
+
+def _level_error(exact: _Exact, level: int, seen: Tensor, weight: Tensor, out: Tensor, square: float) -> LevelError:
+    """From the level's weights on tokens, its part of the output and the sum of its squared score errors."""
+    mask = (seen & exact.allowed).expand(exact.weights.shape)
+    count = mask.sum().item()
+    queries = mask[..., 0].numel()
+    share = exact.weights * mask
+    return LevelError(
+        level=level,
+        tokens=count / queries,
+        exact_mass=share.sum().item() / queries,
+        mass=weight.sum().item() / queries,
+        score=(square / count) ** 0.5 if count else 0.0,
+        weight=torch.where(mask, weight - exact.weights, 0.0).abs().sum().item() / queries,
+        output=(out - share @ exact.values).norm().item() / exact.norm,
+    )
+
+
+def _bare_scores(scores: Tensor, inside: Tensor, level: int, valid: Tensor, fixed: dict[str, Any]) -> Tensor:
+    """Cell scores without count and level bias, 0 where unseen; ``inside`` [C, N] is 1 where a cell holds a token."""
     if fixed["count_bias"]:
         scores = scores - (valid.double() @ inside.T).clamp(min=1).log()[:, None, None, :]
     if fixed["level_bias"] is not None:

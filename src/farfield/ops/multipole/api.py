@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farfield.geometry import Geometry, check_divides, geometry, per_axis
+from farfield.geometry import Geometry, check_divides, geometry, integers, per_axis
 from farfield.ops.multipole import reference
-from farfield.ops.multipole.op import Multipole
+from farfield.ops.multipole.op import Multipole, multipole
+from farfield.ops.multipole.plan import segment_lengths
 from farfield.ops.multipole.summary import Pyramid, Summary, check, check_levels, pack
 
 ENGINES = ("reference", "torch")
@@ -99,7 +100,7 @@ def multipole_attention(
         query, key, value, grid, block, rank, levels, causal, key_mask, cu_seqlens, scale, query_rank, sinks, dropout,
         summary, level_bias, part,
     )  # fmt: skip
-    engine = impl or "torch"
+    engine = "torch" if impl is None else impl
     reason = can_run(engine, query)
     if reason is not None:
         raise ValueError(reason)
@@ -135,8 +136,19 @@ def _torch(
         kind, list(grid), list(block), list(rank), -1 if levels is None else levels, causal, count_bias,
         list(query_rank or ()), sinks, scale, dropout, part,
     )  # fmt: skip
+    if not torch.is_grad_enabled() or not any(
+        x is not None and x.requires_grad for x in (query, key, value, level_bias, *weights)
+    ):
+        # Dynamo cannot trace an autograd function that has nothing to differentiate.
+        return multipole(query, key, value, key_mask, cu_seqlens, level_bias, seed, weights, *settings)
+    query, key, value, *weights = _distinct([query, key, value, *weights])
     out, lse = Multipole.apply(settings, query, key, value, key_mask, cu_seqlens, level_bias, seed, *weights)
     return out, lse
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """Repeated tensors become views: torch.compile refuses one tensor in two places of an autograd function."""
+    return [x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
 
 
 def normalise(
@@ -161,14 +173,16 @@ def normalise(
     """Checks a call and brings its arguments into one form; what comes out fits every engine."""
     query, key, value = _inputs(query, key, value)
     number = query.shape[2]
-    axes = (number,) if grid is None else tuple(grid)
+    axes = (number,) if grid is None else integers(grid, "grid")
+    if levels is not None:
+        (levels,) = integers(levels, "levels")
     if not 1 <= len(axes) <= 3:
         raise ValueError(f"grid={axes} has {len(axes)} axes: (N,), (H, W) or (T, H, W) would be accepted")
     if grid is not None and prod(axes) != number:
         raise ValueError(f"grid={axes} has {prod(axes)} tokens but query has N={number}: their product must be N")
     dims = len(axes)
-    m, p = per_axis(_plain(block), dims, "block"), per_axis(_plain(rank), dims, "rank")
-    pooled = None if query_rank is None else per_axis(_plain(query_rank), dims, "query_rank")
+    m, p = per_axis(block, dims, "block"), per_axis(rank, dims, "rank")
+    pooled = None if query_rank is None else per_axis(query_rank, dims, "query_rank")
     if causal and dims > 1:
         raise ValueError(f"causal=True with grid={axes}: an order of tokens exists in 1-D only; pass causal=False")
     if causal and pooled is not None:
@@ -222,10 +236,6 @@ def normalise(
     }
 
 
-def _plain(value: int | Sequence[int]) -> int | tuple[int, ...]:
-    return value if isinstance(value, int) else tuple(value)
-
-
 def _shape_if_needed(
     axes: tuple[int, ...], block: tuple[int, ...], rank: tuple[int, ...], levels: int | None, cu_seqlens: Tensor | None
 ) -> Geometry | None:
@@ -250,6 +260,10 @@ def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
         raise ValueError(f"key {list(key.shape)} and value {list(value.shape)} must have one shape, [B, Hkv, N, D]")
     if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
         raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} must share B, N and D (self-attention)")
+    if 0 in (query.shape[1], query.shape[3], key.shape[1]):
+        raise ValueError(
+            f"query {list(query.shape)} and key {list(key.shape)} need at least one head of at least one channel"
+        )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"query has {query.shape[1]} heads, key {key.shape[1]}: Hq must be a multiple of Hkv")
     if query.shape[2] == 0:
@@ -284,8 +298,5 @@ def _check_segments(cu_seqlens: Tensor, number: int, dims: int) -> None:
             f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: "
             "[S + 1] int32 or int64 is needed"
         )
-    if torch.compiler.is_compiling():
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != number or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
-        raise ValueError(f"cu_seqlens={bounds}: it must rise from 0 to N={number}")
+    if not torch.compiler.is_compiling():  # the operator checks again
+        segment_lengths(cu_seqlens, number)

@@ -25,10 +25,15 @@ class Table:
     used: Tensor
 
     @staticmethod
-    def of(table: Ints, device: torch.device) -> Table:
+    def of(table: Ints, own: Ints, device: torch.device) -> Table:
         """From a table of rows that holds :data:`farfield.geometry.EMPTY` where unused."""
-        rows = torch.from_numpy(np.ascontiguousarray(table))
-        return Table(rows.clamp(min=0).to(device), (rows != EMPTY).to(device))
+        used = table != EMPTY
+        # An unused place is gathered and then hidden. It repeats a row that the unit reads anyway (or its own, where it
+        # reads none), so that a NaN in one packed sequence cannot reach another.
+        first = table[:, :1] if table.shape[1] else table
+        filler = np.where(first == EMPTY, own[:, None], first)
+        rows = np.where(used, table, filler)
+        return Table(torch.from_numpy(rows).to(device), torch.from_numpy(used).to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,7 @@ class Plan:
         layout: block order, group and cell counts.
         tokens: N.
         token_of_slot, slot_of_token: the block order, None where it is the order of the tokens itself.
+        padding: empty slots, where the block order is the tokens' own order followed by them; otherwise None.
         filled: [slots] bool, slots that hold a token; ``whole``: all do.
         near: blocks read by each block, itself first.
         sinks: [blocks, sinks] slots of the leading tokens, or None.
@@ -55,6 +61,7 @@ class Plan:
     tokens: int
     token_of_slot: Tensor | None
     slot_of_token: Tensor | None
+    padding: int | None
     filled: Tensor
     whole: bool
     near: Table
@@ -96,7 +103,14 @@ def _trees(lengths: tuple[int, ...], block: int, rank: int, levels: int | None) 
     return trees, blocks
 
 
-@lru_cache(maxsize=32)
+def segment_lengths(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
+    """Lengths of packed sequences; raises ValueError unless their bounds rise from 0 to ``tokens``."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens={bounds}: it must rise from 0 to N={tokens}")
+    return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+
+
 def make_plan(
     grid: tuple[int, ...],
     lengths: tuple[int, ...] | None,
@@ -107,13 +121,31 @@ def make_plan(
     sinks: int,
     device: torch.device,
 ) -> Plan:
-    """Tables for ``grid``, or for packed sequences of ``lengths`` on a 1-D grid."""
+    """Tables for ``grid``, or for packed sequences of ``lengths`` on a 1-D grid; made once, except while tracing."""
+    # The tensors of a trace (torch.export, a fake tensor mode) are not real and must not be handed to later calls.
+    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
+    make = _make_plan.__wrapped__ if traced else _make_plan
+    return make(grid, lengths, block, rank, levels, causal, sinks, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or the tables of an evaluation could not serve a later training step
+def _make_plan(
+    grid: tuple[int, ...],
+    lengths: tuple[int, ...] | None,
+    block: tuple[int, ...],
+    rank: tuple[int, ...],
+    levels: int | None,
+    causal: bool,
+    sinks: int,
+    device: torch.device,
+) -> Plan:
     if lengths is None:
         only = geometry(grid, block, rank, levels)
         trees, layout = [_Tree(only, 0, 0)], only
     else:
-        trees, blocks = _trees(lengths, block[0], rank[0], levels)
-        layout = Geometry((blocks * block[0],), block, rank, max(t.geometry.levels for t in trees))
+        trees, row = _trees(lengths, block[0], rank[0], levels)
+        layout = Geometry((row * block[0],), block, rank, max(t.geometry.levels for t in trees))
     size, total = layout.block_tokens, layout.blocks
     token = np.full(total * size, EMPTY, dtype=np.int64)
     near_parts, sink_parts = [], []
@@ -128,47 +160,51 @@ def make_plan(
             sink_parts.append((tree.first_block, np.tile(slot + first, (tree.geometry.blocks, 1))))
     near = _stack(near_parts, total)
     sink = _stack(sink_parts, total) if sinks else None
-    far, group_of_block, of_block, level_of_place, rows = [], [], [], [], 0
-    for level in range(1, layout.levels + 1):
-        shift = level - 1
-        parts = [
-            (t.first_block >> shift, _shift(t.geometry.far_list(level, causal), t.first_block >> shift))
-            for t in trees
-            if t.geometry.levels >= level
-        ]
-        table = _stack(parts, layout.group_total(level))
-        group = layout.group_of_block(level)
-        far.append(Table.of(table, device))
-        group_of_block.append(torch.from_numpy(group).to(device))
+    far = [_far_table(trees, layout, level, causal) for level in range(1, layout.levels + 1)]
+    groups = [layout.group_of_block(level) for level in range(1, layout.levels + 1)]
+    of_block, level_of_place, rows = [np.zeros((total, 0), dtype=np.int64)], [], 0
+    for level, (table, group) in enumerate(zip(far, groups, strict=True)):
         of_block.append(_shift(table[group], rows))
-        level_of_place += [shift] * table.shape[1]
-        rows += layout.group_total(level)
-    far_of_block = np.concatenate(of_block, 1) if of_block else np.zeros((total, 0), dtype=np.int64)
+        level_of_place += [level] * table.shape[1]
+        rows += len(table)
     row_bias, row_class = _row_bias(trees, total, size, near.shape[1], sink, causal)
-    order = np.arange(layout.tokens)
-    in_order = len(order) == len(token) and bool((token == order).all())
-    slot_of_token = np.empty(int((token != EMPTY).sum()), dtype=np.int64)
+    order, blocks = np.arange(len(token)), np.arange(total)
+    count = int((token != EMPTY).sum())
+    padding = len(token) - count if (token[:count] == order[:count]).all() else None
+    in_order = padding == 0
+    slot_of_token = np.empty(count, dtype=np.int64)
     slot_of_token[token[token != EMPTY]] = np.nonzero(token != EMPTY)[0]
     is_sink = np.zeros(len(token), dtype=bool)
     if sink is not None:
         is_sink[sink[sink != EMPTY]] = True
     return Plan(
         layout=layout,
-        tokens=len(slot_of_token),
+        tokens=count,
+        padding=padding,
         token_of_slot=None if in_order else torch.from_numpy(token).to(device),
         slot_of_token=None if in_order else torch.from_numpy(slot_of_token).to(device),
         filled=torch.from_numpy(token != EMPTY).to(device),
         whole=bool((token != EMPTY).all()),
-        near=Table.of(near, device),
-        sinks=None if sink is None else Table.of(sink, device),
+        near=Table.of(near, blocks, device),
+        sinks=None if sink is None else Table.of(sink, blocks * size, device),
         is_sink=torch.from_numpy(is_sink).to(device) if sinks else None,
-        far=tuple(far),
-        group_of_block=tuple(group_of_block),
-        far_of_block=Table.of(far_of_block, device),
+        far=tuple(Table.of(table, np.arange(len(table)), device) for table in far),
+        group_of_block=tuple(torch.from_numpy(group).to(device) for group in groups),
+        far_of_block=Table.of(np.concatenate(of_block, 1), blocks, device),
         level_of_place=tuple(level_of_place),
         row_bias=None if row_bias is None else row_bias.to(device),
         row_class=row_class,
     )
+
+
+def _far_table(trees: list[_Tree], layout: Geometry, level: int, causal: bool) -> Ints:
+    """[groups of ``level`` of the layout, places] the interaction lists of all trees."""
+    parts = []
+    for tree in trees:
+        if tree.geometry.levels >= level:
+            first = tree.first_block >> (level - 1)
+            parts.append((first, _shift(tree.geometry.far_list(level, causal), first)))
+    return _stack(parts, layout.group_total(level))
 
 
 def _shift(table: Ints, by: int) -> Ints:

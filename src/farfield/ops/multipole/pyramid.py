@@ -1,10 +1,9 @@
-"""Pyramids of summaries over tokens in block order: up (tokens to summaries of every level) and down (their gradients).
+"""Pyramids of summaries over tokens in block order: up, from tokens to summaries of every level; down, gradients.
 
 Tokens come as [B, H, slots, D] in the block order of :meth:`Geometry.token_of_slot`, zero where invalid. Cells are
 kept as a grid [B, H, C_1, .., C_d, D] while levels are built, and handed out group by group, [B, H, groups, P, D].
-Everything is plain torch, so
-that :func:`up` is differentiable; :func:`down` is its gradient written out, for use inside a custom operator. Linear
-    time and memory.
+Everything is plain torch, so that :func:`up` is differentiable; :func:`down` is its gradient written out, for use
+inside a custom operator. Linear time and memory.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ from farfield.ops.tiles import compute_dtype
 
 @dataclass(frozen=True)
 class Counts:
-    """Valid tokens per cell of every level, [B', 1, C_1, .., C_d, 1] with B' = 1 or B, and the share of each child in
-    its cell.
+    """Valid tokens per cell of every level, and the share of each child in its cell.
 
-    ``coefficients[l - 1]`` lists, per child of a level l cell, ``children * n_child / n_cell`` (0 in an empty cell),
-    so that the children's plain mean weighted by it is the mean over valid tokens; None when every cell is full.
+    ``cells[l - 1]`` holds the counts of level l, [B', 1, C_1, .., C_d, 1] with B' = 1 or B. ``coefficients[l - 1]``
+    lists, per child of a level l cell, ``children * n_child / n_cell`` (0 in an empty cell), so that the children's
+    plain mean weighted by it is the mean over valid tokens; None when every cell is full.
     """
 
     cells: tuple[Tensor, ...]
@@ -36,10 +36,10 @@ class Counts:
 
 
 def children(x: Tensor, geometry: Geometry, level: int) -> list[Tensor]:
-    """Views of the children of every cell of ``level``: of tokens in block order for level 1, of the padded cells
-    below otherwise.
+    """Views of the children of every cell of ``level``.
 
-    Each view is [B, H, cells.., D], where for level 1 the cells' axes are split into (groups, rank) pairs.
+    ``x`` holds tokens in block order for level 1, the padded cells below otherwise. Each view is [B, H, cells.., D],
+    where for level 1 the cells' axes are split into (groups, rank) pairs.
     """
     d = geometry.dims
     if level > 1:
@@ -55,8 +55,9 @@ def children(x: Tensor, geometry: Geometry, level: int) -> list[Tensor]:
     order += [2 + d + 2 * a + 1 for a in range(d)] + [2 + 3 * d]
     x = x.permute(order)
     views = []
-    for cut in itertools.product(*(range(s) for s in sides)):
-        views.append(x[(*(slice(None),) * (2 + 2 * d), *cut)])
+    for places in itertools.product(*(range(s) for s in sides)):
+        index: tuple[slice | int, ...] = (*(slice(None),) * (2 + 2 * d), *places)
+        views.append(x[index])
     return views
 
 
@@ -74,30 +75,42 @@ def pad_cells(x: Tensor, geometry: Geometry, level: int) -> Tensor:
 
 
 def cell_shape(geometry: Geometry, level: int) -> tuple[int, ...]:
+    """C_1, .., C_d: cells of ``level`` per axis."""
     return tuple(c * p for c, p in zip(geometry.group_counts(level), geometry.rank, strict=True))
+
+
+def _cut(x: Tensor, counts: tuple[int, ...], sides: tuple[int, ...]) -> Tensor:
+    """[B, H, axes.., D] -> [B, H, tiles, places, D]: axes cut into ``counts`` tiles of ``sides`` places, row-major."""
+    d = len(counts)
+    split = [n for pair in zip(counts, sides, strict=True) for n in pair]
+    order = [0, 1, *(2 + 2 * a for a in range(d)), *(3 + 2 * a for a in range(d)), 2 + 2 * d]
+    tiles = x.reshape(*x.shape[:2], *split, x.shape[-1]).permute(order)
+    return tiles.reshape(*x.shape[:2], prod(counts), prod(sides), x.shape[-1])
+
+
+def _join(x: Tensor, counts: tuple[int, ...], sides: tuple[int, ...]) -> Tensor:
+    """The inverse of :func:`_cut`; tiles and their places may also lie on one axis."""
+    d = len(counts)
+    order = [0, 1, *(axis for a in range(d) for axis in (2 + a, 2 + d + a)), 2 + 2 * d]
+    pairs = x.reshape(*x.shape[:2], *counts, *sides, x.shape[-1]).permute(order)
+    return pairs.reshape(*x.shape[:2], *(c * s for c, s in zip(counts, sides, strict=True)), x.shape[-1])
 
 
 def to_groups(cells: Tensor, geometry: Geometry, level: int) -> Tensor:
     """[B, H, C_1, .., C_d, D] -> [B, H, groups, P, D]."""
-    d = geometry.dims
-    split = [n for pair in zip(geometry.group_counts(level), geometry.rank, strict=True) for n in pair]
-    x = cells.reshape(*cells.shape[:2], *split, cells.shape[-1])
-    order = [0, 1, *(2 + 2 * a for a in range(d)), *(3 + 2 * a for a in range(d)), 2 + 2 * d]
-    return x.permute(order).reshape(*cells.shape[:2], geometry.group_total(level), geometry.cells_per_group, -1)
+    return _cut(cells, geometry.group_counts(level), geometry.rank)
 
 
 def to_cells(groups: Tensor, geometry: Geometry, level: int) -> Tensor:
     """The inverse of :func:`to_groups`."""
-    d = geometry.dims
-    x = groups.reshape(*groups.shape[:2], *geometry.group_counts(level), *geometry.rank, groups.shape[-1])
-    order = [0, 1]
-    for a in range(d):
-        order += [2 + a, 2 + d + a]
-    return x.permute(*order, 2 + 2 * d).reshape(*groups.shape[:2], *cell_shape(geometry, level), -1)
+    return _join(groups, geometry.group_counts(level), geometry.rank)
 
 
 def count(valid: Tensor, geometry: Geometry, levels: int, full: bool = False) -> Counts:
-    """Counts from ``valid`` [B', slots] (True: the token takes part); ``full`` promises that all are True and cells are whole."""
+    """Counts from ``valid`` [B', slots], True where the token takes part.
+
+    ``full`` promises that all are True and that the cells are whole.
+    """
     below = valid[:, None, :, None].to(torch.float64 if valid.device.type == "cpu" else torch.float32)
     cells: list[Tensor] = []
     coefficients: list[tuple[Tensor, ...] | None] = []
@@ -106,18 +119,19 @@ def count(valid: Tensor, geometry: Geometry, levels: int, full: bool = False) ->
         total = torch.stack(parts).sum(0)
         shape = (valid.shape[0], 1, *cell_shape(geometry, level), 1)
         inverse = torch.where(total > 0, len(parts) / total.clamp(min=1.0), 0.0)
-        whole = (
-            full and all(2 * c == b for c, b in zip(shape[2:-1], below.shape[2:-1], strict=True)) if level > 1 else full
-        )
-        full = bool(whole)
-        coefficients.append(None if whole else tuple((p * inverse).reshape(shape) for p in parts))
+        if level > 1:
+            full = full and all(2 * c == b for c, b in zip(shape[2:-1], below.shape[2:-1], strict=True))
+        coefficients.append(None if full else tuple((p * inverse).reshape(shape) for p in parts))
         below = total.reshape(shape)
         cells.append(below)
     return Counts(tuple(cells), tuple(coefficients))
 
 
 def _reduce(below: Tensor, geometry: Geometry, level: int, counts: Counts, weight: Tensor | None) -> Tensor:
-    """Cells of ``level`` from their children: sum of coefficient * weight * child; ``weight`` [Hw, children, D] or None to average."""
+    """Cells of ``level`` from their children: the sum of coefficient * weight * child.
+
+    ``weight`` is [Hw, children, D], or None to average.
+    """
     parts = children(below if level == 1 else pad_cells(below, geometry, level - 1), geometry, level)
     dtype = compute_dtype(below.dtype)
     factors = _factors(parts[0], geometry, level, counts, weight, len(parts), dtype)
@@ -160,7 +174,7 @@ def _reduce_down(
     counts: Counts,
     weight: Tensor | None,
 ) -> Tensor | None:
-    """Adds the gradient of :func:`_reduce` to ``grad_below`` (padded like its children) and returns that of ``weight``."""
+    """Adds the gradient of :func:`_reduce` to ``grad_below``, padded like its children; returns ``weight``'s."""
     parts = children(below if level == 1 else pad_cells(below, geometry, level - 1), geometry, level)
     into = children(grad_below, geometry, level)
     grad = grad.reshape(*grad.shape[:2], *parts[0].shape[2:-1], grad.shape[-1])
@@ -203,7 +217,7 @@ def means_down(grads: Sequence[Tensor], geometry: Geometry, counts: Counts, into
 
 
 def _masses(query: Tensor, key: Tensor, valid: Tensor, geometry: Geometry, levels: int) -> list[tuple[Tensor, Tensor]]:
-    """Per level the children's shares [children, B, H, cells.., 1] and the log mass of the cells, for :class:`PooledSummary`."""
+    """Per level of a :class:`PooledSummary`: shares [children, B, H, cells.., 1] and the cells' log mass."""
     dtype = compute_dtype(key.dtype)
     logits = torch.einsum("bhsd,hd->bhs", key.to(dtype), query.to(dtype).expand(key.shape[1], -1))[..., None]
     below = torch.where(valid[:, None, :, None], logits, -torch.inf)
@@ -235,42 +249,20 @@ def _pool(below: Tensor, shares: Tensor, geometry: Geometry, level: int) -> Tens
 
 def _group_tokens(x: Tensor, geometry: Geometry, level: int) -> Tensor:
     """[B, H, slots, D] in block order -> [B, H, groups of level, tokens of a group, D], zero outside."""
-    d = geometry.dims
-    x = x.unflatten(2, (*geometry.group_counts(1), *geometry.block))
-    order = [0, 1]
-    for a in range(d):
-        order += [2 + a, 2 + d + a]
-    x = x.permute(*order, 2 + 2 * d).reshape(
-        *x.shape[:2], *(c * m for c, m in zip(geometry.group_counts(1), geometry.block, strict=True)), x.shape[-1]
-    )
+    x = _join(x, geometry.group_counts(1), geometry.block)
     counts, sides = geometry.group_counts(level), geometry.group_side(level)
     flat = [0, 0]
     for have, c, g in reversed(list(zip(x.shape[2:-1], counts, sides, strict=True))):
         flat += [0, c * g - have]
-    x = torch.nn.functional.pad(x, flat)
-    x = x.unflatten(2, (counts[0], sides[0]))
-    for a in range(1, d):
-        x = x.unflatten(2 + 2 * a, (counts[a], sides[a]))
-    order = [0, 1, *(2 + 2 * a for a in range(d)), *(3 + 2 * a for a in range(d)), 2 + 2 * d]
-    return x.permute(order).reshape(*x.shape[:2], prod(counts), prod(sides), -1)
+    return _cut(torch.nn.functional.pad(x, flat), counts, sides)
 
 
 def _add_group_tokens(target: Tensor, grad: Tensor, geometry: Geometry, level: int) -> None:
     """Adds the gradient of :func:`_group_tokens` to ``target`` [B, H, slots, D]."""
-    d = geometry.dims
-    counts, sides = geometry.group_counts(level), geometry.group_side(level)
-    x = grad.reshape(*grad.shape[:2], *counts, *sides, grad.shape[-1])
-    order = [0, 1]
-    for a in range(d):
-        order += [2 + a, 2 + d + a]
-    x = x.permute(*order, 2 + 2 * d).reshape(*grad.shape[:2], *(c * g for c, g in zip(counts, sides, strict=True)), -1)
+    x = _join(grad, geometry.group_counts(level), geometry.group_side(level))
     leaf = geometry.group_counts(1)
     x = x[(slice(None), slice(None), *(slice(0, c * m) for c, m in zip(leaf, geometry.block, strict=True)))]
-    x = x.unflatten(2, (leaf[0], geometry.block[0]))
-    for a in range(1, d):
-        x = x.unflatten(2 + 2 * a, (leaf[a], geometry.block[a]))
-    back = [0, 1, *(2 + 2 * a for a in range(d)), *(3 + 2 * a for a in range(d)), 2 + 2 * d]
-    target.add_(x.permute(back).reshape(target.shape))
+    target.add_(_cut(x, leaf, geometry.block).reshape(target.shape))
 
 
 def _fullness(counts: Counts, geometry: Geometry, level: int, dtype: torch.dtype) -> Tensor:
@@ -351,9 +343,15 @@ def down(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> list[Tensor]:
-    """Adds the gradients of :func:`up` to ``grad_key`` and ``grad_value`` ([B, H, slots, D], precision of the
-    arithmetic) and returns
-    those of the summary's tensors, in the order of :func:`farfield.ops.multipole.summary.pack`.
+    """Adds the gradients of :func:`up` to those of keys and values and returns those of the summary's tensors.
+
+    Args:
+        summary, key, value, valid, counts, geometry: as in :func:`up`.
+        grads: gradients of what it returned.
+        grad_key, grad_value: [B, H, slots, D] in the precision of the arithmetic, added to in place.
+
+    Returns:
+        One gradient per tensor, in the order of :func:`farfield.ops.multipole.summary.pack`.
     """
     levels = len(grads.keys)
     if levels == 0:
@@ -366,64 +364,94 @@ def down(
         return [*keys, *spare[:half], *values, *spare[half:]]
     if isinstance(summary, LearnedSummary):
         return _learned_down(summary, key, value, counts, geometry, grads, grad_key, grad_value)
-    shares = _masses(summary.query, key, valid, geometry, levels) if isinstance(summary, PooledSummary) else []
     keys, values = _cells(summary, key, value, valid, counts, geometry, levels)
-    weights: list[list[Tensor | None]] = [[None, None], [None, None]]  # key, value x leaf, up
-    carried: list[Tensor | None] = [None, None]
-    carried_mass: Tensor | None = None
-    for level in range(levels, 0, -1):
-        grad_mass = carried_mass
-        grad_shares: Tensor | float = 0.0
-        for side, (source, cells, given, root) in enumerate(
-            ((key, keys, grads.keys, grad_key), (value, values, grads.values, grad_value))
-        ):
-            grad = to_cells(given[level - 1], geometry, level)
-            before = carried[side]
-            if before is not None:
-                grad = grad + before
-            below = source if level == 1 else cells[level - 2]
-            into = root if level == 1 else torch.zeros_like(pad_cells(below, geometry, level - 1))
-            if isinstance(summary, PooledSummary):
-                share = shares[level - 1][0]
-                parts = children(below if level == 1 else pad_cells(below, geometry, level - 1), geometry, level)
-                grad = grad.reshape(*grad.shape[:2], *parts[0].shape[2:-1], grad.shape[-1])
-                for i, target in enumerate(children(into, geometry, level)):
-                    target.addcmul_(grad, share[i].expand_as(grad))
-                grad_shares = grad_shares + torch.stack(
-                    [(grad * p.to(grad.dtype)).sum(-1, keepdim=True) for p in parts]
-                )
-            else:
-                weight = _level_weights(summary, level)[side]
-                got = _reduce_down(grad, below, into, geometry, level, counts, weight)
-                which = 0 if level == 1 else 1
-                had = weights[side][which]
-                weights[side][which] = got if had is None or got is None else had + got
-            if level > 1:
-                carried[side] = into[tuple(slice(0, n) for n in below.shape)]
-        if isinstance(summary, PooledSummary):
-            assert isinstance(grad_shares, Tensor)
-            share = shares[level - 1][0]
-            grad_logits = share * (grad_shares - (share * grad_shares).sum(0))
-            if grad_mass is not None:
-                grad_logits = grad_logits + share * grad_mass.reshape(share.shape[1:])
-            shape = (
-                (*key.shape[:3], 1) if level == 1 else (*pad_cells(shares[level - 2][1], geometry, level - 1).shape,)
-            )
-            into = grad_logits.new_empty(shape)
-            for target, part in zip(children(into, geometry, level), grad_logits, strict=True):
-                target.copy_(part)
-            carried_mass = into if level == 1 else into[tuple(slice(0, n) for n in shares[level - 2][1].shape)]
+    sides = (_Side(key, keys, grads.keys, grad_key), _Side(value, values, grads.values, grad_value))
     if isinstance(summary, PooledSummary):
-        assert carried_mass is not None
-        query = summary.query.to(grad_key.dtype).expand(key.shape[1], -1)
-        grad_key.addcmul_(carried_mass, query[None, :, None, :])
-        grad_query = torch.einsum("bhs,bhsd->hd", carried_mass[..., 0], key.to(grad_key.dtype))
-        return [grad_query.sum(0, keepdim=True) if summary.query.shape[0] == 1 else grad_query]
+        return [_pooled_down(summary, sides, valid, geometry)]
+    return _linear_down(summary, sides, counts, geometry)
+
+
+class _Side(NamedTuple):
+    """Keys or values on the way down: tokens, cells by level, gradients of the cells by group and of the tokens."""
+
+    tokens: Tensor
+    cells: list[Tensor]
+    grads: tuple[Tensor, ...]
+    grad_tokens: Tensor
+
+    def step(self, geometry: Geometry, level: int, carried: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of the cells of ``level``, what they were made of, and the (padded) gradient of that to add to."""
+        grad = to_cells(self.grads[level - 1], geometry, level)
+        if carried is not None:
+            grad = grad + carried
+        if level == 1:
+            return grad, self.tokens, self.grad_tokens
+        below = self.cells[level - 2]
+        return grad, below, torch.zeros_like(pad_cells(below, geometry, level - 1))
+
+
+def _unpad(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`pad_cells`."""
+    return x[tuple(slice(0, n) for n in like.shape)]
+
+
+def _linear_down(summary: Summary, sides: tuple[_Side, _Side], counts: Counts, geometry: Geometry) -> list[Tensor]:
+    """:func:`down` for means and :class:`SharedSummary`."""
+    found: list[Tensor | None] = []
+    for i, side in enumerate(sides):
+        carried: Tensor | None = None
+        leaf: Tensor | None = None
+        up: Tensor | None = None
+        for level in range(len(side.grads), 0, -1):
+            grad, below, into = side.step(geometry, level, carried)
+            got = _reduce_down(grad, below, into, geometry, level, counts, _level_weights(summary, level)[i])
+            if level == 1:
+                leaf = got
+            else:
+                up = got if up is None or got is None else up + got
+                carried = _unpad(into, below)
+        found += [leaf, up]
     if isinstance(summary, SharedSummary):
         tensors = (summary.key_leaf, summary.key_up, summary.value_leaf, summary.value_up)
-        found = (*weights[0], *weights[1])
         return [torch.zeros_like(t) if w is None else w for t, w in zip(tensors, found, strict=True)]
     return []
+
+
+def _pooled_down(summary: PooledSummary, sides: tuple[_Side, _Side], valid: Tensor, geometry: Geometry) -> Tensor:
+    """:func:`down` for :class:`PooledSummary`; the gradient of its query."""
+    key, grad_key, levels = sides[0].tokens, sides[0].grad_tokens, len(sides[0].grads)
+    masses = _masses(summary.query, key, valid, geometry, levels)
+    carried: list[Tensor | None] = [None, None]
+    mass: Tensor | None = None
+    for level in range(levels, 0, -1):
+        share = masses[level - 1][0]
+        grad_shares = torch.zeros_like(share)
+        for i, side in enumerate(sides):
+            grad, below, into = side.step(geometry, level, carried[i])
+            parts = children(below if level == 1 else pad_cells(below, geometry, level - 1), geometry, level)
+            grad = grad.reshape(*grad.shape[:2], *parts[0].shape[2:-1], grad.shape[-1])
+            for target, factor in zip(children(into, geometry, level), share, strict=True):
+                target.addcmul_(grad, factor.expand_as(grad))
+            grad_shares = grad_shares + torch.stack([(grad * p.to(grad.dtype)).sum(-1, keepdim=True) for p in parts])
+            if level > 1:
+                carried[i] = _unpad(into, below)
+        grad_logits = share * (grad_shares - (share * grad_shares).sum(0))
+        if mass is not None:
+            grad_logits = grad_logits + share * mass.reshape(share.shape[1:])
+        if level == 1:
+            mass = grad_logits.new_empty(*key.shape[:3], 1)
+            into = mass
+        else:
+            below = masses[level - 2][1]
+            into = grad_logits.new_empty(pad_cells(below, geometry, level - 1).shape)
+            mass = _unpad(into, below)
+        for target, part in zip(children(into, geometry, level), grad_logits, strict=True):
+            target.copy_(part)
+    assert mass is not None
+    query = summary.query.to(grad_key.dtype).expand(key.shape[1], -1)
+    grad_key.addcmul_(mass, query[None, :, None, :])
+    grad_query = torch.einsum("bhs,bhsd->hd", mass[..., 0], key.to(grad_key.dtype))
+    return grad_query.sum(0, keepdim=True) if summary.query.shape[0] == 1 else grad_query
 
 
 def _learned_down(

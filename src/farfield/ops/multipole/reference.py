@@ -263,7 +263,7 @@ def attention(
     level_bias: Tensor | None,
     part: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N]; the public function's arguments, normalised."""
+    """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N], from the normalised arguments of a call."""
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
@@ -302,10 +302,11 @@ def _one(
     dropout: float,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    w = weights(query, key, value, shape=shape, valid=valid, **options)
-    repeat = query.shape[1] // key.shape[1]
-    value = value.masked_fill(~valid[:, None, :, None], 0.0).repeat_interleave(repeat, 1)
-    out = torch.nn.functional.dropout(w.tokens, dropout) @ value
-    for cell, summary in zip(w.cells, w.values, strict=True):
-        out = out + torch.nn.functional.dropout(cell, dropout) @ summary
+    with torch.autocast(query.device.type, enabled=False):
+        w = weights(query, key, value, shape=shape, valid=valid, **options)
+        repeat = query.shape[1] // key.shape[1]
+        value = value.masked_fill(~valid[:, None, :, None], 0.0).repeat_interleave(repeat, 1)
+        out = torch.nn.functional.dropout(w.tokens, dropout) @ value
+        for cell, summary in zip(w.cells, w.values, strict=True):
+            out = out + torch.nn.functional.dropout(cell, dropout) @ summary
     return out, w.lse

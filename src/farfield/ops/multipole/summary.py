@@ -25,7 +25,7 @@ from farfield.geometry import Geometry
 
 
 class SharedSummary(NamedTuple):
-    """Cells of level 1 from their tokens, those of level l + 1 from their 2**dims children, by weights shared by levels.
+    """Level 1 cells from their tokens, level l + 1 cells from their 2**dims children, by weights for all levels.
 
     ``leaf`` weights are [Hw, tokens of a level 1 cell, D] and ``up`` weights [Hw, 2**dims, D], positions row-major.
     Averaging is 1 / size everywhere. Linear cost, any length.
@@ -56,9 +56,9 @@ class LevelWeights(NamedTuple):
 
 
 class LearnedSummary(NamedTuple):
-    """The paper's: a depthwise convolution per level, its kernel and stride a group, P filters per channel, shared by heads.
+    """The paper's: per level a depthwise convolution with kernel = stride = group and P filters per channel.
 
-    Its weights grow linearly with the length and fix it; those of :class:`SharedSummary` do not.
+    Heads share the weights, which grow linearly with the length and fix it; those of :class:`SharedSummary` do not.
     """
 
     levels: tuple[LevelWeights, ...]

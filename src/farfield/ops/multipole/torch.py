@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farfield.geometry import Geometry
 from farfield.ops.multipole import pyramid
-from farfield.ops.multipole.plan import Plan, Table, make_plan
+from farfield.ops.multipole.plan import Table, make_plan, segment_lengths
 from farfield.ops.multipole.summary import Pyramid, check_levels, unpack
 from farfield.ops.tiles import Dropout, Gradients, Lists, Store, attend, attend_backward, compute_dtype
 
@@ -38,10 +38,12 @@ class Settings:
 
     @property
     def near(self) -> bool:
+        """Whether the near field takes part."""
         return self.part != "far"
 
     @property
     def far(self) -> bool:
+        """Whether the far field takes part."""
         return self.part != "near"
 
 
@@ -59,7 +61,7 @@ class _Call:
         seed: Tensor | None,
         weights: list[Tensor],
     ) -> None:
-        lengths = None if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
+        lengths = None if cu_seqlens is None else segment_lengths(cu_seqlens, key.shape[2])
         if lengths is not None and key_mask is not None:
             key_mask = None  # explicit segments win over a mask
         self.s = s
@@ -100,11 +102,11 @@ class _Call:
         return x if sink is None else x.masked_fill(sink[:, None], 0.0)
 
     def blocks(self, x: Tensor, keys: bool = False) -> Tensor:
-        """[B, H, N, D] -> [B, H, slots, D]; what may not be read is zero, so that nothing hidden (a NaN, say) can leak."""
+        """[B, H, N, D] -> [B, H, slots, D]; what may not be read is 0, so that nothing hidden, a NaN say, leaks."""
         plan = self.plan
         if plan.token_of_slot is not None:
-            if plan.layout.dims == 1 and plan.slot_of_token is not None and self._is_padding():
-                x = torch.nn.functional.pad(x, (0, 0, 0, plan.layout.blocks * plan.layout.block_tokens - plan.tokens))
+            if plan.padding is not None:
+                x = torch.nn.functional.pad(x, (0, 0, 0, plan.padding))
             else:
                 x = x.index_select(2, plan.token_of_slot.clamp(min=0))
                 if not plan.whole:
@@ -113,21 +115,16 @@ class _Call:
             x = x.masked_fill(~self.valid[:, None, :, None], 0.0)
         return x.contiguous()
 
-    def _is_padding(self) -> bool:
-        """True when the block order is the tokens' own order followed by padding."""
-        return self.plan.layout.tokens == self.plan.tokens
-
     def tokens(self, x: Tensor) -> Tensor:
         """[B, H, slots, ...] -> [B, H, N, ...], the inverse of :meth:`blocks`."""
         plan = self.plan
         if plan.slot_of_token is None:
             return x
-        if plan.layout.dims == 1 and self._is_padding():
+        if plan.padding is not None:
             return x[:, :, : plan.tokens].contiguous()
         return x.index_select(2, plan.slot_of_token)
 
-    # Lists of keys
-    # ------------------------------------------------------------------------------------------------------------
+    # Lists of keys.
 
     def _hide(self, table: Table, shown: Tensor) -> Tensor:
         """Bias [B', units, places * w] of rows whose keys are biased by ``shown`` [B', R, w]."""
@@ -181,6 +178,10 @@ class _Call:
         row_class = self.plan.row_class if row_bias is not None else ()
         key_bias = torch.cat(bias, 2) if bias else None
         return Lists(tuple(stores), key_bias, self._head_bias(level_of_key, heads), row_bias, row_class), level_of_key
+
+    def level_dropout(self, level: int) -> Dropout | None:
+        """Dropout of the weights on ``level`` (0-based), for pooled queries."""
+        return None if self.dropout is None else Dropout(self.dropout.rate, self.dropout.seed + level + 1)
 
     def level_lists(self, level: int, heads: int) -> Lists:
         """The list of every group of ``level`` (0-based) over the cells of its own level, for pooled queries."""
@@ -257,7 +258,7 @@ def _pooled_queries(call: _Call, query: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _cell_of_slot(layout: Geometry, level: int, device: torch.device) -> Tensor:
     """[slots] index of the cell of ``level`` that holds each slot, counted group by group."""
     split = [n for pair in zip(layout.group_counts(level), layout.rank, strict=True) for n in pair]
-    index = torch.arange(layout.group_total(level) * layout.cells_per_group, device=device).double()
+    index = torch.arange(layout.group_total(level) * layout.cells_per_group, device=device)
     cells = pyramid.to_cells(index.view(1, 1, layout.group_total(level), -1, 1), layout, level)[0, 0, ..., 0]
     assert list(cells.shape) == [a * b for a, b in zip(split[::2], split[1::2], strict=True)]
     for axis, side in enumerate(layout.cell_side(level)):
@@ -267,7 +268,7 @@ def _cell_of_slot(layout: Geometry, level: int, device: torch.device) -> Tensor:
     for axis, (c, m) in enumerate(leaf):
         cells = cells.unflatten(2 * axis, (c, m))
     order = [*range(0, 2 * len(leaf), 2), *range(1, 2 * len(leaf), 2)]
-    return cells.permute(order).reshape(-1).long()
+    return cells.permute(order).reshape(-1)
 
 
 def _attend_level(call: _Call, level: int, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,8 +276,8 @@ def _attend_level(call: _Call, level: int, pooled: Tensor) -> tuple[Tensor, Tens
     lists = call.level_lists(level, pooled.shape[1])
     if not lists.width:
         return torch.zeros_like(pooled), pooled.new_full(pooled.shape[:-1], -torch.inf, dtype=call.dtype)
-    dropout = None if call.dropout is None else Dropout(call.dropout.rate, call.dropout.seed + level + 1)
-    out, lse = attend(call.units(pooled, per_group), lists, batch=call.batch, scale=call.s.scale, dropout=dropout)
+    rows, dropout = call.units(pooled, per_group), call.level_dropout(level)
+    out, lse = attend(rows, lists, batch=call.batch, scale=call.s.scale, dropout=dropout)
     return out.view(pooled.shape), lse.view(pooled.shape[:-1])
 
 
@@ -302,7 +303,7 @@ def backward(
     seed: Tensor | None,
     weights: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of query, key, value, level_bias (an empty tensor where there is none) and of each weight, in this order."""
+    """Gradients of query, key, value, level_bias (empty where there is none) and of each weight, in this order."""
     if query.shape[0] == 0:
         bias = query.new_zeros(0) if level_bias is None else torch.zeros_like(level_bias)
         return [*(torch.zeros_like(x) for x in (query, key, value)), bias, *(torch.zeros_like(w) for w in weights)]
@@ -330,10 +331,11 @@ class _Totals:
         self.call = call
         self.key = torch.zeros((), dtype=call.dtype)
         self.value = self.key
-        self.cells: list[list[Tensor]] = [[torch.zeros_like(x) for x in side] for side in ([], [])]
+        self.cells: list[list[Tensor]] = [[], []]
         self.bias = None if level_bias is None else torch.zeros_like(level_bias, dtype=call.dtype)
 
     def tokens(self, grads: Gradients) -> None:
+        """Of the tokens, which the first store holds."""
         shape = self.call.key.shape
         key, value = grads.keys[0], grads.values[0]
         assert key is not None and value is not None
@@ -347,13 +349,19 @@ class _Totals:
             self.cells[side] = [x.reshape(y.shape) for x, y in zip(whole.split(sizes, 1), like, strict=True)]
 
     def level(self, level: int, grads: Gradients) -> None:
-        """Of the next level, on its own."""
+        """Of ``level`` (0-based) on its own, level by level."""
         pairs = ((grads.keys[0], self.call.pyramid.keys), (grads.values[0], self.call.pyramid.values))
         for side, (grad, like) in enumerate(pairs):
             assert grad is not None
             self.cells[side].append(grad.view(like[level].shape))
 
+    def unread(self, level: int) -> None:
+        """Of ``level`` (0-based), level by level, where nothing reads it."""
+        for side, like in zip(self.cells, (self.call.pyramid.keys, self.call.pyramid.values), strict=True):
+            side.append(torch.zeros_like(like[level]))
+
     def head_bias(self, grad: Tensor | None, level_of_key: list[int | None]) -> None:
+        """Of the level bias, from the sums of the score gradients by head and key."""
         if grad is None or self.bias is None:
             return
         flat = grad.flatten(0, 1)
@@ -369,7 +377,7 @@ class _Totals:
             self.key = torch.zeros_like(call.key, dtype=call.dtype)
             self.value = torch.zeros_like(call.value, dtype=call.dtype)
         sides = [
-            [torch.zeros_like(x, dtype=call.dtype) for x in like] if not have else have
+            have or [torch.zeros_like(x, dtype=call.dtype) for x in like]
             for have, like in zip(self.cells, (call.pyramid.keys, call.pyramid.values), strict=True)
         ]
         grads = Pyramid(tuple(sides[0]), tuple(sides[1]))
@@ -390,47 +398,62 @@ class _Totals:
         return weights
 
 
+def _attend_backward(
+    call: _Call,
+    lists: Lists,
+    grad_out: Tensor,
+    delta: Tensor,
+    query: Tensor,
+    lse: Tensor,
+    *,
+    width: int,
+    dropout: Dropout | None,
+    shared: tuple[int, ...] | None = None,
+) -> Gradients:
+    """:func:`attend_backward` of queries [B, Hq, rows, D] (``delta``, ``lse`` [B, Hq, rows]), ``width`` to a unit."""
+    delta_units, lse_units = (call.units(x[..., None], width)[..., 0] for x in (delta, lse))
+    return attend_backward(
+        call.units(grad_out, width),
+        delta_units,
+        call.units(query, width),
+        lse_units,
+        lists,
+        batch=call.batch,
+        scale=call.s.scale,
+        dropout=dropout,
+        shared=shared,
+    )
+
+
 def _backward(call: _Call, totals: _Totals, grad_out: Tensor, delta: Tensor, query: Tensor, lse: Tensor) -> Tensor:
     """Gradient of the query in block order; the others go to ``totals``."""
     s, size = call.s, call.layout.block_tokens
-    rows, grad_rows = call.units(query, size), call.units(grad_out, size)
-    lse_rows, delta_rows = (call.units(x[..., None], size)[..., 0] for x in (lse, delta))
-    if s.query_rank is None:
-        lists, level_of_key = call.lists(query.shape[1])
-        if not lists.stores:
-            return torch.zeros_like(query)
-        tokens = (2 if call.plan.sinks is not None else 1) if s.near else 0
-        owner = (0, *(i if i >= tokens else 0 for i in range(1, len(lists.stores))))
-        grads = attend_backward(
-            grad_rows,
-            delta_rows,
-            rows,
-            lse_rows,
-            lists,
-            batch=call.batch,
-            scale=s.scale,
-            dropout=call.dropout,
-            shared=owner,
-        )
-        if s.near:
-            totals.tokens(grads)
-        if len(lists.stores) > tokens:
-            totals.levels(grads.keys[-1], grads.values[-1])
-        totals.head_bias(grads.head_bias, level_of_key)
-        return grads.query.view(query.shape)
-    grad_query = torch.zeros_like(query, dtype=call.dtype)
+    if s.query_rank is not None:
+        return _backward_pooled(call, totals, grad_out, delta, query, lse)
+    lists, level_of_key = call.lists(query.shape[1])
+    if not lists.stores:
+        return torch.zeros_like(query)
+    tokens = (2 if call.plan.sinks is not None else 1) if s.near else 0
+    owner = (0, *(i if i >= tokens else 0 for i in range(1, len(lists.stores))))
+    grads = _attend_backward(call, lists, grad_out, delta, query, lse, width=size, dropout=call.dropout, shared=owner)
     if s.near:
+        totals.tokens(grads)
+    if len(lists.stores) > tokens:
+        totals.levels(grads.keys[-1], grads.values[-1])
+    totals.head_bias(grads.head_bias, level_of_key)
+    return grads.query.view(query.shape)
+
+
+def _backward_pooled(
+    call: _Call, totals: _Totals, grad_out: Tensor, delta: Tensor, query: Tensor, lse: Tensor
+) -> Tensor:
+    """:func:`_backward` where query cells share the far field."""
+    grad_query = torch.zeros_like(query, dtype=call.dtype)
+    if call.s.near:
         stores, bias = call.token_lists()
-        grads = attend_backward(
-            grad_rows,
-            delta_rows,
-            rows,
-            lse_rows,
-            Lists(tuple(stores), torch.cat(bias, 2)),
-            batch=call.batch,
-            scale=s.scale,
-            dropout=call.dropout,
-            shared=(0,) * len(stores),
+        lists, owner, size = Lists(tuple(stores), torch.cat(bias, 2)), (0,) * len(stores), call.layout.block_tokens
+        grads = _attend_backward(
+            call, lists, grad_out, delta, query, lse, width=size, dropout=call.dropout, shared=owner
         )
         totals.tokens(grads)
         grad_query += grads.query.view(query.shape)
@@ -441,8 +464,7 @@ def _backward(call: _Call, totals: _Totals, grad_out: Tensor, delta: Tensor, que
         lists = call.level_lists(level, pooled.shape[1])
         if not lists.width:
             grad_cells.append(torch.zeros_like(pooled, dtype=call.dtype))
-            for side, like in enumerate((call.pyramid.keys, call.pyramid.values)):
-                totals.cells[side].append(torch.zeros_like(like[level]))
+            totals.unread(level)
             continue
         # A cell's weights, taken with its own lse, are shared by its tokens up to a factor
         # exp(lse of the cell - lse of the token) <= 1.
@@ -450,16 +472,9 @@ def _backward(call: _Call, totals: _Totals, grad_out: Tensor, delta: Tensor, que
         seen = grad_out.to(call.dtype) * share[..., None]
         grad_pooled = pooled.new_zeros(pooled.shape, dtype=call.dtype).index_add_(2, cell, seen)
         delta_pooled = pooled.new_zeros(pooled.shape[:-1], dtype=call.dtype).index_add_(2, cell, delta * share)
-        dropout = None if call.dropout is None else Dropout(call.dropout.rate, call.dropout.seed + level + 1)
-        grads = attend_backward(
-            call.units(grad_pooled, per_group),
-            call.units(delta_pooled[..., None], per_group)[..., 0],
-            call.units(pooled, per_group),
-            call.units(part_lse[..., None], per_group)[..., 0],
-            lists,
-            batch=call.batch,
-            scale=s.scale,
-            dropout=dropout,
+        dropout = call.level_dropout(level)
+        grads = _attend_backward(
+            call, lists, grad_pooled, delta_pooled, pooled, part_lse, width=per_group, dropout=dropout
         )
         grad_cells.append(grads.query.reshape(pooled.shape))
         totals.level(level, grads)

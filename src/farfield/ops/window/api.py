@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import per_axis
-from farfield.merge import AttentionState
+from farfield.ops.state import AttentionState
 from farfield.ops.window import reference
+from farfield.ops.window.plan import check_bounds, check_fit
 from farfield.ops.window.torch import attend_window
 
 __all__ = ["ENGINES", "check_rule", "window_attention"]
@@ -111,7 +112,8 @@ def window_attention(
         dilation: one integer or one per axis. A dilated window on an axis that is not causal must fit:
             window * dilation up to the length of the axis.
         causal: one bool, or one per axis.
-        key_mask: bool `[B, N]`, True = visible. The window does not move to make up for hidden keys.
+        key_mask: bool `[B, N]`, True = visible. The window does not move to make up for hidden keys,
+            which may hold anything, NaN too.
         cu_seqlens: integer `[S + 1]` bounds of packed segments from 0 to N, each its own sequence; 1-D. With a key_mask
             too, cu_seqlens wins and the mask is not read.
         scale: factor on the scores. Default D ** -0.5.
@@ -121,7 +123,8 @@ def window_attention(
 
     Returns:
         `[B, Hq, N, D]`, or with return_lse the state (out, lse), differentiable in both. A query that sees nothing
-        gives 0 and -inf, with zero gradients.
+        gives 0 and -inf, with zero gradients. The torch engine is differentiable once, the reference any number of
+        times; both compose with torch.func and torch.compile.
 
     Raises:
         ValueError, TypeError: with what was given and what would be accepted.
@@ -152,7 +155,12 @@ def window_attention(
             f"key_mask must be bool [B, N] = {[query.shape[0], tokens]} (True = visible), "
             f"got {key_mask.dtype} {list(key_mask.shape)}"
         )
-    _check_fit(axes, bounds, sizes, dilations, order)
+    if cu_seqlens is None or bounds is not None:
+        check_fit(axes, bounds, sizes, dilations, order)
+    if key_mask is not None:
+        # A weight of 0 does not keep a NaN out of a sum: what is hidden must hold nothing.
+        hidden = ~key_mask[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     factor = float(query.shape[3] ** -0.5 if scale is None else scale)
     if impl == "reference":
         if dropout:
@@ -197,7 +205,7 @@ def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _segments(cu_seqlens: Tensor, tokens: int, dims: int) -> tuple[int, ...] | None:
-    """The bounds on the host; None under tracing, where the operator reads and checks them."""
+    """The bounds on the host; None under tracing, where the operator reads and checks them, and the fit to them."""
     if dims != 1:
         raise ValueError(f"cu_seqlens packs 1-D sequences, the grid has {dims} axes; pass images as a batch")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -205,27 +213,5 @@ def _segments(cu_seqlens: Tensor, tokens: int, dims: int) -> tuple[int, ...] | N
     if torch.compiler.is_compiling():
         return None
     bounds = tuple(cu_seqlens.tolist())
-    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
-        raise ValueError(f"cu_seqlens={list(bounds)}: it must rise from 0 to N={tokens}")
+    check_bounds(bounds, tokens)
     return bounds
-
-
-def _check_fit(
-    axes: tuple[int, ...],
-    bounds: tuple[int, ...] | None,
-    window: tuple[int, ...],
-    dilation: tuple[int, ...],
-    causal: tuple[bool, ...],
-) -> None:
-    """A dilated window that is not causal must fit: there is no whole axis to fall back to that keeps the rule."""
-    for a, (length, size, step, order) in enumerate(zip(axes, window, dilation, causal, strict=True)):
-        if order or step == 1:
-            continue
-        shortest = length
-        if bounds is not None:
-            shortest = min(end - start for start, end in zip(bounds, bounds[1:], strict=False) if end > start)
-        if size * step > shortest:
-            raise ValueError(
-                f"window={size} with dilation={step} spans {size * step} tokens, but axis {a} has {shortest}; "
-                f"use a dilation of at most {max(shortest // size, 1)} or a smaller window"
-            )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "window_plan"]
+__all__ = ["Plan", "check_bounds", "check_fit", "window_plan"]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -73,6 +73,33 @@ class Plan:
     outside: Tensor | None
     row_bias: Tensor | None
     row_class: tuple[int, ...]
+
+
+def check_bounds(bounds: tuple[int, ...], tokens: int) -> None:
+    """Raises ValueError unless the bounds of packed segments rise from 0 to the number of tokens."""
+    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens={list(bounds)}: it must rise from 0 to N={tokens}")
+
+
+def check_fit(
+    axes: tuple[int, ...],
+    bounds: tuple[int, ...] | None,
+    window: tuple[int, ...],
+    dilation: tuple[int, ...],
+    causal: tuple[bool, ...],
+) -> None:
+    """A dilated window that is not causal must fit: there is no whole axis to fall back to that keeps the rule."""
+    for a, (length, size, step, order) in enumerate(zip(axes, window, dilation, causal, strict=True)):
+        if order or step == 1:
+            continue
+        shortest = length
+        if bounds is not None:
+            shortest = min(end - start for start, end in zip(bounds, bounds[1:], strict=False) if end > start)
+        if size * step > shortest:
+            raise ValueError(
+                f"window={size} with dilation={step} spans {size * step} tokens, but axis {a} has {shortest}; "
+                f"use a dilation of at most {max(shortest // size, 1)} or a smaller window"
+            )
 
 
 def _strands(length: int, dilation: int, bounds: tuple[int, ...] | None) -> list[tuple[int, int, int]]:

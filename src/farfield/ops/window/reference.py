@@ -18,7 +18,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from farfield.merge import AttentionState, attend_dense
+from farfield.ops.state import AttentionState, attend_dense
 
 __all__ = ["attend", "axis_mask", "window_mask"]
 

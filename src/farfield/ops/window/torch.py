@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farfield.merge import AttentionState
+from farfield.ops.customop import one_by_one
+from farfield.ops.state import AttentionState
 from farfield.ops.tiles import Dropout, Lists, Store, attend, attend_backward, compute_dtype
-from farfield.ops.window.plan import Plan, window_plan
+from farfield.ops.window.plan import Plan, check_bounds, check_fit, window_plan
 
-__all__ = ["window"]
+__all__ = ["Window", "attend_window", "window"]
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
@@ -31,17 +32,11 @@ def _plan(
     bounds = None
     if cu_seqlens is not None:
         bounds = tuple(cu_seqlens.tolist())
-        if bounds[0] != 0 or bounds[-1] != grid[0] or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
-            raise ValueError(f"cu_seqlens={list(bounds)}: it must rise from 0 to N={grid[0]}")
-    return window_plan(
-        tuple(int(n) for n in grid),
-        tuple(size),
-        tuple(stride),
-        tuple(dilation),
-        tuple(bool(c) for c in causal),
-        bounds,
-        query.device,
-    )
+        check_bounds(bounds, grid[0])
+    axes, order = tuple(int(n) for n in grid), tuple(bool(c) for c in causal)
+    # Here too, since a compiled caller does not know the segments.
+    check_fit(axes, bounds, tuple(size), tuple(dilation), order)
+    return window_plan(axes, tuple(size), tuple(stride), tuple(dilation), order, bounds, query.device)
 
 
 def _tiles(x: Tensor, plan: Plan, kv_heads: int) -> Tensor:
@@ -180,19 +175,41 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, grid, size, stride, dilation, causal, scale, dropout = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.settings = (grid, size, stride, dilation, causal, scale, dropout)
+window.register_vmap(one_by_one(window))
+window_backward.register_vmap(one_by_one(window_backward))
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    query, key, value, key_mask, cu_seqlens, seed, out, lse = ctx.saved_tensors
-    grads = window_backward(grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, seed, *ctx.settings)
-    return (*grads, None, None, None, *(None for _ in ctx.settings))
+class Window(torch.autograd.Function):
+    """The gradient of ``farfield::window``, differentiable once; composes with torch.func and torch.compile."""
 
+    generate_vmap_rule = True
 
-window.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    def forward(
+        settings: tuple[Any, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Output and lse of ``farfield::window``."""
+        return window(query, key, value, key_mask, cu_seqlens, seed, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keeps every tensor: the backward pass repeats the scores."""
+        settings, *tensors = inputs
+        ctx.settings = settings
+        ctx.save_for_backward(*output, *tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        """One gradient (or None) per argument of :meth:`forward`."""
+        grads = window_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
+        return None, *grads, None, None, None
 
 
 def attend_window(
@@ -212,5 +229,14 @@ def attend_window(
 ) -> AttentionState:
     """The operator of :func:`farfield.ops.window.window_attention`, on checked arguments."""
     seed = torch.randint(1 << 62, (1,)) if dropout > 0 else None
-    settings = [list(grid), list(window_size), list(stride), list(dilation), list(causal)]
-    return AttentionState(*window(query, key, value, key_mask, cu_seqlens, seed, *settings, scale, dropout))
+    settings = (list(grid), list(window_size), list(stride), list(dilation), list(causal), scale, dropout)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if torch.compiler.is_compiling() and not wanted:
+        # Dynamo cannot trace an autograd function that has nothing to differentiate. Eagerly requires_grad does not
+        # tell: inside vmap it is False for inputs that are differentiated outside.
+        return AttentionState(*window(query, key, value, key_mask, cu_seqlens, seed, *settings))
+    # torch.compile refuses one tensor in two places of an autograd function.
+    key = key.view_as(key) if key is query else key
+    value = value.view_as(value) if value is query or value is key else value
+    out, lse = Window.apply(settings, query, key, value, key_mask, cu_seqlens, seed)
+    return AttentionState(out, lse)
