@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from farfield.attention import Attention
 from farfield.far import Landmarks, Linear, Projection, Pyramid
-from farfield.merge import Gate, resolve_merge
+from farfield.merge import AttentionState, Gate, resolve_merge
 from farfield.near import Blocks, Conv, Dense, Window
-from farfield.parts import LayerSpec
+from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "dense": {"near": Dense()},
@@ -87,6 +87,25 @@ def test_hidden_tokens_change_nothing_elsewhere(name: str) -> None:
     same = torch.isclose(layer(x, key_mask=mask), layer(changed, key_mask=mask), atol=1e-12).all(-1)
     # Only a gate and the token's own query may look at a hidden token.
     assert same[mask].all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [*CAUSAL, *OPEN])
+def test_hidden_tokens_may_hold_anything(name: str, bad: float) -> None:
+    causal = name in CAUSAL
+    layer = _layer(causal, CAUSAL[name] if causal else OPEN[name])
+    mask = torch.rand(2, 45) < 0.6
+    x = torch.randn(2, 45, 16, dtype=torch.float64)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x.clone().requires_grad_()
+        y = layer(x, key_mask=mask)[mask]
+        of_x, *of_weights = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], allow_unused=True)
+        return y, of_x[mask], *(g for g in of_weights if g is not None)
+
+    for got, want in zip(run(torch.where(mask[..., None], x, bad)), run(x), strict=True):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *OPEN])
@@ -175,6 +194,27 @@ def test_the_layer_compiles_into_one_graph_and_checkpoints(name: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(again.square().sum(), x), want)
 
 
+class _Twice(OutputModule):
+    def forward(self, inputs: Inputs) -> AttentionState:
+        raise AssertionError("nobody needs the log-sum-exp here")
+
+    def output(self, inputs: Inputs) -> torch.Tensor:
+        return 2 * inputs.v
+
+
+class _TwicePart(NearPart):
+    def build(self, spec: LayerSpec, near: Part | None = None) -> torch.nn.Module:
+        return _Twice()
+
+
+def test_a_part_alone_is_asked_for_its_output_alone() -> None:
+    layer = Attention(16, 4, near=_TwicePart())
+    x = torch.randn(1, 5, 16)
+    torch.testing.assert_close(layer(x), layer.proj(2 * layer.qkv(x)[..., 32:]))
+    with pytest.raises(NotImplementedError):
+        OutputModule().output(layer._inputs(x, None, None, None))
+
+
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({}, ValueError, "near=None and far=None: the layer would see nothing; near=Dense"),
     ({"near": Linear()}, TypeError, "Linear is a far field, pass it as far="),
@@ -188,6 +228,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"near": Conv(3), "far": Landmarks(3)}, ValueError, "a convolution weighs by position"),
     ({"far": Pyramid(rank=2)}, ValueError, r"use near=Blocks\(...\)"),
     ({"near": Window(3), "far": Pyramid(rank=2)}, ValueError, r"use near=Blocks\(...\)"),
+    (
+        {"near": Blocks(8), "far": Pyramid(rank=2, sinks=4), "merge": "gate"},
+        ValueError,
+        "sinks are seen by the joint softmax; use merge='softmax' or sinks=0",
+    ),
     ({"near": Blocks(8), "far": Pyramid(rank=3)}, ValueError, "rank=3 does not divide block=8"),
     ({"near": Window(3), "merge": "max"}, ValueError, "unknown merge 'max'"),
     ({"near": Window(3), "causal": True, "dims": 2}, ValueError, "only a sequence has an order"),

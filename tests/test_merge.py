@@ -103,6 +103,19 @@ def test_scores_that_show_nothing_give_zero_and_finite_gradients() -> None:
     assert value.grad is not None and torch.isfinite(value.grad).all()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_beyond_the_range_of_float16_are_kept(autocast: bool) -> None:
+    q, k, v = (t.detach().half() for t in _qkv(1))
+    q, k = 200 * q, 200 * k  # scores of about 1e5 before the scale
+    assert not torch.isfinite(q @ k.mT).all()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        state = attend_dense(q, k, v, scale=0.01)
+    want = attend_dense(q.double(), k.double(), v.double(), scale=0.01)
+    assert state.out.dtype == torch.float16 and state.lse.dtype == torch.float32
+    torch.testing.assert_close(state.lse, want.lse.float())
+    torch.testing.assert_close(state.out, want.out.half(), atol=2e-3, rtol=1e-3)
+
+
 def test_low_precision_keeps_its_dtype_and_a_float32_lse() -> None:
     q, k, v = (t.detach().bfloat16() for t in _qkv(1))
     state = merge_states(*_parts(q, k, v, [0, 4, 9]))

@@ -23,6 +23,15 @@ def test_rotation_happens_once_and_only_with_positions() -> None:
     assert turned.rotated_q is turned.rotated_q
 
 
+def test_hidden_keys_and_values_are_empty() -> None:
+    mask = torch.rand(2, 6) < 0.5
+    k = torch.randn(2, 2, 6, 4).masked_fill(~mask[:, None, :, None], torch.nan)
+    inputs = Inputs(q=k, k=k, v=k, x=k[:, 0], grid=(6,), key_mask=mask, rope=Rope(), positions=torch.arange(6))
+    want = k.nan_to_num(0.0)
+    assert torch.equal(inputs.k, want) and torch.equal(inputs.v, want)
+    torch.testing.assert_close(inputs.rotated_k, Rope().rotate(want, torch.arange(6)))
+
+
 def test_segments_are_cut_out_and_put_side_by_side() -> None:
     inputs = _inputs(cu_seqlens=torch.tensor([0, 2, 2, 6]), key_mask=torch.ones(2, 6, dtype=torch.bool))
     seen = []

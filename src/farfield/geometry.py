@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +37,9 @@ EMPTY = -1
 """Marks an unused place of a table."""
 
 
-def integers(value: int | Sequence[int], name: str) -> tuple[int, ...]:
+def integers(value: object, name: str) -> tuple[int, ...]:
     """One integer or a sequence of them (of any integer type) as a tuple; TypeError for anything else."""
-    many = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    many: Sequence[Any] = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if torch.compiler.is_compiling():
         return tuple(many)  # lengths are symbols
     try:

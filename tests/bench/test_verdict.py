@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from farfield.bench.compare import RunResult
-from farfield.bench.verdict import Verdict, compare_pair, judge, summarise
+from farfield.bench.verdict import Verdict, compare_pair, judge, pair_sentence, ranked, summarise
 
 
 def run(attention: str, seed: int = 0, windows: Sequence[float] = (2.0, 2.2), **changes: object) -> RunResult:
@@ -32,7 +32,7 @@ def verdict(runs: Sequence[RunResult], **changes: object) -> Verdict:
         "context": 128,
         "budget": "10 steps each",
         "train_bytes": 10_000,
-        "yardsticks": {"gzip": 9.0},
+        "yardsticks": {"zlib": 9.0},
         **changes,
     }
     return judge(runs, **settings)  # type: ignore[arg-type]
@@ -106,8 +106,8 @@ def test_a_single_seed_is_warned_about() -> None:
 
 
 def test_far_from_trained_is_warned_about() -> None:
-    said = verdict([run("a"), run("b")], yardsticks={"gzip": 1.5, "byte frequencies": 4.5})
-    assert any("far from trained" in w and "gzip" in w for w in said.warnings)
+    said = verdict([run("a"), run("b")], yardsticks={"zlib": 1.5, "byte frequencies": 4.5})
+    assert any("far from trained" in w and "zlib" in w for w in said.warnings)
     assert not any("far from trained" in w for w in verdict([run("a"), run("b")]).warnings)
 
 
@@ -125,3 +125,52 @@ def test_nothing_finished() -> None:
 def test_unequal_numbers_of_runs_are_said() -> None:
     said = verdict([run("a", 0), run("a", 1), run("b", 0)])
     assert any("different numbers of runs" in w for w in said.warnings)
+
+
+def seeds(attention: str, *bits: float, **changes: object) -> list[RunResult]:
+    return [run(attention, seed, (value, value), **changes) for seed, value in enumerate(bits)]
+
+
+def test_clearly_ahead_is_said_of_what_was_tested_only() -> None:
+    said = verdict([*seeds("a", 2.000, 2.001), *seeds("b", 1.98, 2.06), *seeds("c", 2.08, 2.081)])
+    assert "a and b are too close to tell apart" in said.headline
+    assert "they are clearly ahead" not in said.headline
+    assert "; only a is clearly ahead of c" in said.headline
+    assert any(d.startswith("b against c: 0.06") and "too small to tell" in d for d in said.details)
+    assert [(p.best, p.other) for p in said.pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+
+
+def test_a_winner_must_beat_every_other_and_not_only_the_second() -> None:
+    said = verdict([*seeds("a", 2.000, 2.001), *seeds("b", 2.05, 2.051), *seeds("c", 1.9, 2.4)])
+    assert "Take" not in said.headline
+    assert "a and c are too close to tell apart" in said.headline
+    assert "; only a is clearly ahead of b" in said.headline
+
+
+def test_three_that_are_tied_are_each_held_against_the_best_only() -> None:
+    said = verdict([*seeds("a", 2.0, 2.1), *seeds("b", 2.04, 2.14), *seeds("c", 2.08, 2.18), *seeds("d", 3.0, 3.0)])
+    assert "b and c are too close to a to tell apart; all of these are clearly ahead of d" in said.headline
+
+
+def test_attentions_are_ranked_on_the_seeds_that_all_have_finished() -> None:
+    runs = [*seeds("a", 2.10, 1.80), *seeds("b", 2.05)]
+    said = verdict(runs, interrupted=True)
+    assert said.best == "b"
+    assert "Take b" in said.headline or "b and a" in said.headline
+    assert "-0.0" not in said.headline + " ".join(said.details)
+    assert "b against a: 0.050 bits per byte fewer" in said.details[0]
+    assert any("all of them have finished (0)" in w for w in said.warnings)
+    assert [s.attention for s in ranked(runs)] == ["b", "a"]
+
+
+def test_runs_without_a_common_seed_give_no_winner() -> None:
+    said = verdict([run("a", 0, (2.0, 2.0)), run("b", 1, (3.0, 3.0))])
+    assert "Take" not in said.headline
+    assert "do not compare" in said.headline
+    assert "no shared seed gives no yardstick" in said.details[0]
+
+
+def test_a_pair_that_is_worse_is_worded_so() -> None:
+    pair = compare_pair([run("a", 0, (2.1, 2.2))], [run("b", 0, (2.0, 2.1))])
+    assert not pair.clear
+    assert "0.100 bits per byte more" in pair_sentence(pair)

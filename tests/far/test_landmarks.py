@@ -46,3 +46,15 @@ def test_pooled_means_count_visible_tokens_only() -> None:
     assert present is not None and present.flatten().tolist() == [True, True, False]
     grid, _ = pool_tokens(x, (3, 4), (1, 2))
     assert grid.flatten().tolist() == [4.5, 6.5]
+    uneven, _ = pool_tokens(x[:, :, :5], (5,), (2,))  # tokens 0..2 and 2..4
+    assert uneven.flatten().tolist() == [1.0, 3.0]
+
+
+def test_what_is_not_pooled_may_hold_anything() -> None:
+    x = torch.randn(1, 2, 9, 3, dtype=torch.float64)
+    mask = torch.rand(1, 9) < 0.6
+    spoilt = x.masked_fill(~mask[:, None, :, None], torch.nan).requires_grad_()
+    means, _ = pool_tokens(spoilt, (9,), (4,), mask)
+    torch.testing.assert_close(means, pool_tokens(x, (9,), (4,), mask)[0])
+    (grad,) = torch.autograd.grad(means.square().sum(), spoilt)
+    assert torch.isfinite(grad).all()

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from farfield.merge import AttentionState
+from farfield.ops.state import AttentionState
 from farfield.ops.window import window_attention
 from farfield.ops.window.plan import window_plan
 from farfield.ops.window.reference import axis_mask, window_mask
-from farfield.ops.window.torch import window
+from farfield.ops.window.torch import window, window_backward
+
+# torch.compile itself instantiates autograd functions to trace them, and warns that this is deprecated.
+traced = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 def _qkv(
@@ -223,11 +226,112 @@ def test_gradcheck_with_the_lse(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked: bool) -> None:
-    q, k, v = _qkv(1, 2, 1, 11, dim=4, dtype=torch.float32)
-    mask = torch.rand(1, 11) < 0.7 if masked else None
-    torch.library.opcheck(window, (q, k, v, mask, None, None, [11], [4], [1], [1], [True], 0.5, 0.0))
+    tensors = [x.detach() for x in _qkv(1, 2, 1, 11, dim=4, dtype=torch.float32)]
+    tensors += [torch.rand(1, 11) < 0.7 if masked else None, None, None]
+    settings = ([11], [4], [1], [1], [True], 0.5, 0.0)
+    torch.library.opcheck(window, (*tensors, *settings))
+    out, lse = window(*tensors, *settings)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    torch.library.opcheck(window_backward, (*grads, out, lse, *tensors, *settings))
 
 
+@traced
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, False, False)])
+@pytest.mark.parametrize("inference", [False, True])
+def test_compiles_into_one_graph_with_and_without_gradients(wanted: tuple[bool, ...], inference: bool) -> None:
+    mask = torch.rand(1, 20) < 0.7
+    tensors = [
+        x.detach().requires_grad_(want) for x, want in zip(_qkv(1, 2, 2, 20, dtype=torch.float32), wanted, strict=True)
+    ]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        hidden = window_attention(q, k, v, window=5, key_mask=mask)
+        return window_attention(hidden, hidden, hidden, window=5, causal=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(not inference):
+        got, want = compiled(*tensors), run(*tensors)
+    torch.testing.assert_close(got, want)
+    assert got.requires_grad == want.requires_grad == (wanted[0] and not inference)
+    if got.requires_grad:
+        leaves = [x for x in tensors if x.requires_grad]
+        mine = torch.autograd.grad(got.square().sum(), leaves)
+        for a, b in zip(mine, torch.autograd.grad(want.square().sum(), leaves), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_composes_with_torch_func(impl: str) -> None:
+    tensors = _qkv(3, 2, 1, 17)
+    mask = torch.rand(3, 17) < 0.7
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out = window_attention(q, k, v, window=5, causal=True, key_mask=mask, impl=impl)
+        return out.square().sum()
+
+    want = torch.autograd.grad(loss(*tensors, mask), tensors)
+    plain = [x.detach() for x in tensors]
+    by_entry = [x[:, None] for x in (*plain, mask)]
+    over = torch.func.vmap(loss)
+    found = {
+        "grad": torch.func.grad(loss, (0, 1, 2))(*plain, mask),
+        "vmap of grad": [g[:, 0] for g in torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(*by_entry)],
+        "grad of vmap": torch.func.grad(lambda *x: over(*(y[:, None] for y in x), by_entry[3]).sum(), (0, 1, 2))(
+            *plain
+        ),
+        "backward of vmap": torch.autograd.grad(over(*(x[:, None] for x in tensors), by_entry[3]).sum(), tensors),
+    }
+    for name, grads in found.items():
+        for a, b in zip(grads, want, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+    shared = torch.func.vmap(lambda q: loss(q, plain[1], plain[2], mask))(torch.stack([plain[0], 2 * plain[0]]))
+    torch.testing.assert_close(shared[1], loss(2 * plain[0], plain[1], plain[2], mask))
+
+
+@traced
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([0, 50, 64], "window=9 with dilation=4 spans 36 tokens, but axis 0 has 14"),
+        ([0, 50, 60], "must rise from 0 to N=64"),
+        ([0, 70, 64], "must rise from 0 to N=64"),
+        ([0, 0, 0], "must rise from 0 to N=64"),
+    ],
+)
+def test_compiled_calls_refuse_segments_as_eager_ones_do(bounds: list[int], message: str, grad: bool) -> None:
+    q, k, v = (x.detach().requires_grad_(grad) for x in _qkv(1, 1, 1, 64, dtype=torch.float32))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return window_attention(q, k, v, window=9, dilation=4, cu_seqlens=cu)
+
+    torch._dynamo.reset()
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(Exception, match=message):
+            call(q, k, v, torch.tensor(bounds))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("options", [{"causal": True}, {"grid": (5, 8)}, {"dilation": 3}])
+def test_hidden_keys_may_hold_anything(impl: str, options: dict[str, Any]) -> None:
+    q, k, v = _qkv(2, 2, 1, 40)
+    mask = torch.rand(2, 40) < 0.7
+    hidden = ~mask[:, None, :, None]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        state = window_attention(*tensors, window=4, key_mask=mask, impl=impl, return_lse=True, **options)
+        loss = state.out.square().sum() + state.lse[state.lse > -torch.inf].sum()
+        return [*state, *torch.autograd.grad(loss, tensors)]
+
+    want = run(q, k, v)
+    for bad in (torch.nan, torch.inf):
+        spoilt = (x.detach().masked_fill(hidden, bad).requires_grad_() for x in (k, v))
+        for a, b in zip(run(q, *spoilt), want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@traced
 def test_one_compiled_graph_for_many_lengths() -> None:
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return window_attention(q, k, v, window=8, causal=True, return_lse=True)

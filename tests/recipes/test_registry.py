@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from farfield import recipes
 from farfield.attention import Attention
-from farfield.far import Linear
-from farfield.near import Window
+from farfield.far import Linear, Pyramid
+from farfield.near import Blocks, Window
+
+NAMES = recipes.names()
 
 
 def test_the_recipes_and_their_proofs() -> None:
@@ -64,7 +67,33 @@ def test_unknown_names_and_options_are_refused_with_what_is_known() -> None:
 def test_options_and_their_defaults() -> None:
     assert recipes.options("dense") == {}
     assert recipes.options("window") == {"block": 64, "size": None, "stride": 1, "dilation": 1}
-    assert recipes.options("fma")["block"] == 64 and recipes.options("fma")["rank"] == 8
+    for dims, block, rank in ((1, 64, 8), (2, 8, 2), (3, 4, 1)):
+        options = recipes.options("fma", dims)
+        assert options["block"] == block and options["rank"] == rank
+        assert all("block" not in recipes.options(n, dims) or recipes.options(n, dims)["block"] == block for n in NAMES)
+
+
+@pytest.mark.parametrize("name", ["fma", "blocks", "window", "transformer_ls"])
+def test_the_defaults_are_not_dense_on_images_and_volumes(name: str) -> None:
+    for dims, grid in ((2, (48, 48)), (3, (16, 16, 16))):
+        near = recipes.build(name, 16, 4, dims=dims).near_spec
+        side = near.block * 3 if isinstance(near, Blocks) else near.size
+        assert side < min(grid), f"{near} sees all of {grid}"
+    assert recipes.build("fma", 16, 4, dims=2).near_spec == Blocks(8)
+    assert recipes.build("fma", 16, 4, dims=3).far_spec == Pyramid(1)
+    assert recipes.build("blocks", 16, 4, dims=2, block=(4, 6)).near_spec == Blocks((4, 6))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_of_the_layer_are_passed_on(name: str) -> None:
+    layer = recipes.build(name, 16, 4, num_kv_heads=2, device="meta", dtype=torch.bfloat16, qk_norm=True, layer=1)
+    assert {p.device.type for p in layer.parameters()} == {"meta"}
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert layer.q_norm is not None and layer.spec.num_kv_heads == 2
+    assert not set(recipes.options(name)) & set(inspect.signature(Attention).parameters)
+    for argument in ("near", "far", "merge", "bias_of_nothing"):
+        with pytest.raises(TypeError, match=f"has no option {argument}="):
+            recipes.build(name, 16, 4, **{argument: None})
 
 
 def test_the_default_window_reads_as_many_keys_as_the_near_field_of_fma() -> None:

@@ -8,8 +8,8 @@ import torch
 from farfield import recipes
 from farfield.attention import Attention
 from farfield.merge import attend_dense
-from farfield.parts import head_norm
 from farfield.ops.window.reference import window_mask
+from farfield.parts import head_norm
 
 
 def _layer(causal: bool, rank: int = 3) -> Attention:

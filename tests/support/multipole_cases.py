@@ -79,7 +79,7 @@ def make_summary(kind: str, g: Geometry, batch: int, heads: int, width: int, own
             )
         )
     if kind == "given":
-        return ff.Pyramid(
+        return ff.Summaries(
             *(
                 tuple(leaf(batch, heads, g.group_total(level), p, width) for level in range(1, g.levels + 1))
                 for _ in range(2)

@@ -6,24 +6,18 @@ Needs the extra ``cli`` (matplotlib).
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from farfield.bench.compare import Outcome
 from farfield.bench.cost import Cost
 from farfield.bench.memory import why_unmeasured
+from farfield.bench.pictures import picture_length, pictures
 from farfield.bench.plots import Looks, cost_figure, looks, loss_figure, png, position_figure, short, svg
 from farfield.bench.tables import COLUMNS, SPREAD, rows_of
-from farfield.bench.verdict import Summary, summarise, verdict_of, yardsticks_of
-from farfield.explain.pattern import pattern
+from farfield.bench.verdict import Summary, ranked, verdict_of, yardsticks_of
 from farfield.explain.show import describe, pattern_figure
-
-_PICTURE_BLOCKS = 16
-_PICTURE_TOKENS = 1024
 
 _CSS = """
 :root { --ink: #22262b; --muted: #5d6673; --line: #e2e5ea; --paper: #fff; --ground: #f6f7f9; --accent: #0072b2 }
@@ -91,7 +85,7 @@ def to_html(outcome: Outcome) -> str:
     """The whole page."""
     settings, text, machine = outcome.settings, outcome.text, outcome.machine
     verdict = verdict_of(outcome)
-    summaries = sorted(summarise(outcome.runs), key=lambda s: s.bits)
+    summaries = ranked(outcome.runs)
     style = looks(settings.attentions)
     parts = [
         "<h1>Which attention for this text?</h1>",
@@ -103,6 +97,7 @@ def to_html(outcome: Outcome) -> str:
         f"<strong>{_text(verdict.headline)}</strong>"
         f"<ul>{''.join(f'<li>{_text(detail)}</li>' for detail in verdict.details)}</ul></div>",
         *(f'<div class="warn">{_text(warning)}</div>' for warning in verdict.warnings),
+        *(f'<div class="warn">{_text(note)}</div>' for note in outcome.notes),
         *(
             f'<div class="warn">{_text(f"{f.attention}, seed {f.seed}, gave no result: {f.reason}.")}</div>'
             for f in outcome.failures
@@ -133,8 +128,13 @@ def to_html(outcome: Outcome) -> str:
                 ("text", f"{text['source']}, {text['files']:,} files, SHA-256 {text['fingerprint'][:16]}…"),
                 (
                     "held-out text",
-                    f"{text['gzip_bits']:.3f} bits per byte by gzip, "
-                    f"{text['byte_frequencies_bits']:.3f} by byte frequencies alone",
+                    f"{text['zlib_bits']:.3f} bits per byte by zlib (level 9), "
+                    f"{text['byte_frequencies_bits']:.3f} by byte frequencies alone"
+                    + (
+                        f" (both over its first {text['simple_bytes']:,} bytes)"
+                        if text["simple_bytes"] < text["valid_bytes"]
+                        else ""
+                    ),
                 ),
             ]
         ),
@@ -212,22 +212,15 @@ def _cost_html(cost: Cost, options: Mapping[str, Any], style: Looks) -> list[str
 
 
 def _pattern_html(outcome: Outcome) -> list[str]:
-    settings = outcome.settings
-    block = int(settings.options.get("block", 64))
-    length = min(settings.context, max(2 * block, min(_PICTURE_BLOCKS * block, _PICTURE_TOKENS)))
-    patterns = []
-    for name in settings.attentions:
-        first, second = (pattern(name, length, True, layer=i, **settings.recipe_options(name)) for i in (0, 1))
-        if settings.depth < 2 or np.array_equal(first.codes, second.codes):
-            patterns.append(first)
-        else:  # a recipe whose layers alternate
-            patterns += [dataclasses.replace(p, name=f"{name}, layer {i}") for i, p in ((1, first), (2, second))]
+    patterns, _ = pictures(outcome.settings)  # what has no picture stands among the outcome's notes
+    if not patterns:
+        return []
     alternative = "; ".join(f"{p.name}: {describe(p)}" for p in patterns)
     return [
         "<h2>Who sees whom</h2>",
         _figure(
             _image(png(pattern_figure(patterns)), alternative),
-            f"One layer over the first {length:,} tokens. Rows are queries, columns the keys they read. Stripes inside "
-            "a level are its single summaries.",
+            f"One layer over the first {picture_length(outcome.settings):,} tokens. Rows are queries, columns the keys "
+            "they read. Stripes inside a level are its single summaries.",
         ),
     ]

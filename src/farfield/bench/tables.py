@@ -10,7 +10,7 @@ from rich.table import Table
 from farfield.bench.compare import Outcome
 from farfield.bench.cost import Cost
 from farfield.bench.plots import short
-from farfield.bench.verdict import Summary, summarise
+from farfield.bench.verdict import Summary, ranked
 
 
 def bits_in_words(summary: Summary) -> str:
@@ -37,7 +37,7 @@ COLUMNS = ("attention", "bits per byte", SPREAD, "steps", "bytes read", "tokens/
 
 
 def rows_of(summaries: Sequence[Summary]) -> list[list[str]]:
-    """The cells of the main table by :data:`COLUMNS`, best first. The column max - min is empty with one seed."""
+    """The cells of the main table by :data:`COLUMNS`, as ordered. The column max - min is empty with one seed."""
     return [
         [
             s.attention + (f" ({s.runs} seeds)" if s.runs > 1 else ""),
@@ -49,7 +49,7 @@ def rows_of(summaries: Sequence[Summary]) -> list[list[str]]:
             bytes_in_words(s.peak_bytes),
             f"{s.parameters:,}",
         ]
-        for s in sorted(summaries, key=lambda s: s.bits)
+        for s in summaries
     ]
 
 
@@ -63,7 +63,7 @@ def _table() -> Table:
 
 def result_table(outcome: Outcome) -> Table:
     """The main table for a terminal of 80 columns."""
-    summaries = sorted(summarise(outcome.runs), key=lambda s: s.bits)
+    summaries = ranked(outcome.runs)
     several = any(s.runs > 1 for s in summaries)
     table = _table()
     table.add_column("attention", no_wrap=True)
@@ -78,7 +78,7 @@ def result_table(outcome: Outcome) -> Table:
 
 def position_table(outcome: Outcome) -> Table:
     """Held-out bits by position in the context, for the terminal."""
-    summaries = sorted(summarise(outcome.runs), key=lambda s: s.bits)
+    summaries = ranked(outcome.runs)
     table = _table()
     table.add_column("attention", no_wrap=True)
     for low, high, _ in summaries[0].positions:

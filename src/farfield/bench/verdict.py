@@ -7,6 +7,9 @@ Two yardsticks decide whether a difference counts:
 - with one seed, the held-out windows: every attention is tested on the same windows, so their bits are paired too, and
   a difference is clear when its mean is larger than twice its standard error over windows. That says how sure the
   difference of these two *models* is; how much another seed would change it stays unknown, and the answer says so.
+
+Attentions are ranked on the seeds that all of them have finished, so that an interruption favours nobody; every run is
+in the tables all the same.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from farfield.bench.compare import Outcome, RunResult
 
@@ -50,7 +54,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Pair:
-    """How much worse ``other`` is than ``best``, in bits per byte, and the yardstick it is held against."""
+    """How much worse ``other`` is than ``best``, in bits per byte, and the yardstick it is held against.
+
+    ``clear`` is true when ``best`` is better by more than the yardstick.
+    """
 
     best: str
     other: str
@@ -69,7 +76,7 @@ class Verdict:
         headline: one sentence.
         details: further sentences.
         warnings: what limits the answer.
-        pairs: the best against each other attention, closest first.
+        pairs: the best against each other attention, closest first; then those other pairs on which the headline rests.
     """
 
     best: str | None
@@ -112,22 +119,36 @@ def summarise(runs: Sequence[RunResult]) -> list[Summary]:
     return result
 
 
+def shared_seeds(runs: Sequence[RunResult]) -> list[int]:
+    """The seeds that every attention among ``runs`` has finished."""
+    grouped: dict[str, set[int]] = {}
+    for run in runs:
+        grouped.setdefault(run.attention, set()).add(run.seed)
+    return sorted(set.intersection(*grouped.values())) if grouped else []
+
+
+def ranked(runs: Sequence[RunResult]) -> list[Summary]:
+    """Summaries of all runs, best first by the mean over :func:`shared_seeds` (over all seeds where there are none)."""
+    seeds = shared_seeds(runs)
+    counted = {s.attention: s.bits for s in summarise([run for run in runs if run.seed in seeds] or runs)}
+    return sorted(summarise(runs), key=lambda s: counted[s.attention])
+
+
 def compare_pair(best: Sequence[RunResult], other: Sequence[RunResult]) -> Pair:
     """Holds ``other`` against ``best`` on the seeds that both have finished; unpaired if they share none."""
+    names = best[0].attention, other[0].attention
     left = {run.seed: run for run in best}
     right = {run.seed: run for run in other}
     shared = sorted(left.keys() & right.keys())
     if shared:
-        difference = statistics.fmean(right[s].bits - left[s].bits for s in shared)
-    else:
-        difference = statistics.fmean(r.bits for r in other) - statistics.fmean(r.bits for r in best)
-    names = best[0].attention, other[0].attention
+        best, other = [left[s] for s in shared], [right[s] for s in shared]
+    difference = statistics.fmean(r.bits for r in other) - statistics.fmean(r.bits for r in best)
     if len(best) > 1 and len(other) > 1:
         yardstick = max(_range(best), _range(other))
         return Pair(*names, difference, yardstick, "the spread of the runs", difference > yardstick)
     windows = [b - a for s in shared for a, b in zip(left[s].windows, right[s].windows, strict=True)]
     if len(windows) < 2:
-        return Pair(*names, difference, None, "none", False)
+        return Pair(*names, difference, None, "one held-out window" if shared else "no shared seed", False)
     error = statistics.stdev(windows) / math.sqrt(len(windows))
     yardstick = CLEAR_ERRORS * error
     return Pair(*names, difference, yardstick, "twice the standard error over windows", difference > yardstick)
@@ -158,40 +179,71 @@ def judge(
         interrupted: whether runs are missing.
         wanted: every attention that was asked for.
     """
-    summaries = sorted(summarise(runs), key=lambda s: s.bits)
+    seeds = shared_seeds(runs)
+    counted = [run for run in runs if run.seed in seeds] or list(runs)
+    summaries = sorted(summarise(counted), key=lambda s: s.bits)
     missing = [name for name in wanted if name not in {s.attention for s in summaries}]
     if not summaries:
         return Verdict(None, "No run was finished, so there is nothing to compare.")
     top = summaries[0]
-    where = f"this text, context {context:,} and {budget}"
-    members = {s.attention: [run for run in runs if run.attention == s.attention] for s in summaries}
-    pairs = tuple(compare_pair(members[top.attention], members[s.attention]) for s in summaries[1:])
-    details: list[str] = []
-    if not pairs:
-        headline = f"Only {top.attention} was measured for {where}: {top.bits:.3f} bits per byte."
-    elif pairs[0].clear:
-        second = summaries[1]
-        headline = (
-            f"Take {top.attention} for {where}: {top.bits:.3f} bits per byte, "
-            f"{pairs[0].difference:.3f} fewer than {second.attention} ({second.bits:.3f})."
-        )
-    else:
-        tied = [top.attention, *(p.other for p in pairs if not p.clear)]
-        rest = [p.other for p in pairs if p.clear]
-        fastest = max((s for s in summaries if s.attention in tied), key=lambda s: s.tokens_per_second)
-        headline = (
-            f"For {where}, {_names(tied)} are too close to tell apart"
-            + (f"; they are clearly ahead of {_names(rest)}" if rest else "")
-            + f". Of these, {fastest.attention} trains fastest."
-        )
-    details += [_pair_sentence(pair) for pair in pairs]
+    members = {s.attention: [run for run in counted if run.attention == s.attention] for s in summaries}
+    table = {(a, b): compare_pair(members[a], members[b]) for a, b in combinations(members, 2)}  # better, worse
+    pairs = [table[top.attention, s.attention] for s in summaries[1:]]
+    headline, further = _headline(summaries, table, f"this text, context {context:,} and {budget}", bool(seeds))
+    pairs += further
     return Verdict(
         top.attention,
         headline,
-        tuple(details),
-        tuple(_warnings(runs, summaries, pairs, context, train_bytes, yardsticks, interrupted, missing)),
-        pairs,
+        tuple(pair_sentence(pair) for pair in pairs),
+        tuple(_warnings(runs, seeds, summaries, train_bytes, yardsticks, interrupted, missing)),
+        tuple(pairs),
     )
+
+
+def _headline(
+    summaries: Sequence[Summary], table: Mapping[tuple[str, str], Pair], where: str, shared: bool
+) -> tuple[str, list[Pair]]:
+    """The sentence, and the pairs without the best on which it rests. ``table`` has (better, worse) attentions."""
+    top = summaries[0]
+    others = [s.attention for s in summaries[1:]]
+    if not others:
+        return f"Only {top.attention} was measured for {where}: {top.bits:.3f} bits per byte.", []
+    if not shared:
+        return (
+            f"For {where}, no seed was finished with every attention, so the runs do not compare; "
+            f"{top.attention} has the fewest bits per byte in its own ({top.bits:.3f}).",
+            [],
+        )
+    tied = [top.attention, *(name for name in others if not table[top.attention, name].clear)]
+    if len(tied) == 1:
+        second = summaries[1]
+        lead = table[top.attention, second.attention].difference
+        return (
+            f"Take {top.attention} for {where}: {top.bits:.3f} bits per byte, "
+            f"{lead:.3f} fewer than {second.attention} ({second.bits:.3f}).",
+            [],
+        )
+    fastest = max((s for s in summaries if s.attention in tied), key=lambda s: s.tokens_per_second)
+    if len(tied) == 2:
+        said = f"For {where}, {_names(tied)} are too close to tell apart"
+    else:  # each was held against the best only
+        said = f"For {where}, {_names(tied[1:])} are too close to {top.attention} to tell apart"
+    behind, between, further = [], [], []
+    for name in others:
+        if name in tied:
+            continue
+        # A tied attention that ranks below this one is not ahead of it; ``other`` is then the tied one.
+        tests = [table.get((beside, name)) or table[name, beside] for beside in tied[1:]]
+        ahead = [top.attention, *(pair.best for pair in tests if pair.other == name and pair.clear)]
+        further += tests
+        if len(ahead) == len(tied):
+            behind.append(name)
+        else:
+            between.append(f"only {_names(ahead)} {'is' if len(ahead) == 1 else 'are'} clearly ahead of {name}")
+    if behind:
+        said += f"; {'they' if len(tied) == 2 else 'all of these'} are clearly ahead of {_names(behind)}"
+    said = "; ".join([said, *between])
+    return f"{said}. Of {_names(tied)}, {fastest.attention} trains fastest.", further
 
 
 def verdict_of(outcome: Outcome) -> Verdict:
@@ -209,13 +261,15 @@ def verdict_of(outcome: Outcome) -> Verdict:
 
 def yardsticks_of(outcome: Outcome) -> dict[str, float]:
     """What simple coders need for the held-out text, in bits per byte."""
-    return {"gzip": outcome.text["gzip_bits"], "byte frequencies": outcome.text["byte_frequencies_bits"]}
+    return {"zlib": outcome.text["zlib_bits"], "byte frequencies": outcome.text["byte_frequencies_bits"]}
 
 
-def _pair_sentence(pair: Pair) -> str:
-    said = f"{pair.best} against {pair.other}: {pair.difference:.3f} bits per byte fewer"
+def pair_sentence(pair: Pair) -> str:
+    """Who is better than whom, by how much, and whether that is clear."""
+    amount = f"{abs(pair.difference):.3f} bits per byte {'more' if pair.difference < 0 else 'fewer'}"
+    said = f"{pair.best} against {pair.other}: {amount}"
     if pair.yardstick is None:
-        return f"{said}; one held-out window gives no yardstick for that."
+        return f"{said}; {pair.kind} gives no yardstick for that."
     word = "larger" if pair.clear else "not larger"
     verdict = "clear" if pair.clear else "too small to tell"
     return f"{said}, {word} than {pair.kind} ({pair.yardstick:.3f}): {verdict}."
@@ -223,9 +277,8 @@ def _pair_sentence(pair: Pair) -> str:
 
 def _warnings(
     runs: Sequence[RunResult],
+    seeds: Sequence[int],
     summaries: Sequence[Summary],
-    pairs: Sequence[Pair],
-    context: int,
     train_bytes: int,
     yardsticks: Mapping[str, float],
     interrupted: bool,
@@ -235,10 +288,14 @@ def _warnings(
     if interrupted:
         left_out = f" Nothing is known about {_names(missing)}." if missing else ""
         said.append(f"Interrupted: this rests on the {len(runs)} finished run{'s' * (len(runs) != 1)} only.{left_out}")
-    if len({s.runs for s in summaries}) > 1:
-        counts = ", ".join(f"{s.attention} {s.runs}" for s in summaries)
-        said.append(f"The attentions have different numbers of runs ({counts}).")
-    if any(s.runs < 2 for s in summaries) and pairs:
+    finished = summarise(runs)
+    if seeds and any(s.runs > len(seeds) for s in finished):
+        counts = ", ".join(f"{s.attention} {s.runs}" for s in finished)
+        said.append(
+            f"The attentions have different numbers of runs ({counts}); the answer rests on the "
+            f"seed{'s' * (len(seeds) != 1)} that all of them have finished ({', '.join(map(str, seeds))})."
+        )
+    if any(s.runs < 2 for s in summaries) and len(summaries) > 1:
         said.append(
             "At least one attention has a single run, so the spread between seeds is not known; the "
             "yardstick covers the choice of held-out windows only. More seeds (--seeds 3) would tell."

@@ -19,7 +19,7 @@ from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
 from farfield.far.projection import Projection
 from farfield.far.pyramid import Pyramid
-from farfield.geometry import EMPTY, Ints, geometry, per_axis
+from farfield.geometry import EMPTY, Ints, default_levels, geometry, per_axis
 from farfield.near.blocks import Blocks
 from farfield.near.conv import Conv
 from farfield.near.dense import Dense
@@ -207,7 +207,10 @@ def _pyramid(codes: Codes, far: Pyramid, near: Part | None, grid: tuple[int, ...
     """Writes the levels; returns the cells [levels, N]."""
     assert isinstance(near, Blocks)  # a pyramid is refused beside anything else
     dims = len(grid)
-    tree = geometry(grid, per_axis(near.block, dims, "block"), per_axis(far.rank, dims, "rank"), far.levels)
+    block = per_axis(near.block, dims, "block")
+    # As in the layer: a length that is too short for the levels that were asked for has all that it can have.
+    levels = None if far.levels is None else min(far.levels, default_levels(grid, block))
+    tree = geometry(grid, block, per_axis(far.rank, dims, "rank"), levels)
     place = _coordinates(grid)
     cells = np.zeros((tree.levels, tree.tokens), dtype=np.int64)
     for level in range(1, tree.levels + 1):

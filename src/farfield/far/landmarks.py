@@ -21,9 +21,9 @@ class Landmarks(FarPart):
     """Softmax attention twice: agents gather from all keys, queries read from the agents.
 
     The agents are means of the queries over cells of the grid, `count` per axis, as torch's adaptive average pooling
-    cuts them: equal cells where count divides the axis, otherwise cells that overlap by one token. The product of the two
-    softmax matrices has rank at most the number of agents, and rows that sum to 1; it does not become exact attention
-    when every token is an agent. Queries and keys are used as they are before any rotary embedding. O(N agents) time
+    cuts them: equal cells where count divides the axis, otherwise neighbours may share a token. The product of the
+    two softmax matrices has rank at most the number of agents, and rows that sum to 1; it does not become exact
+    attention when every token is an agent. Queries and keys are used as they are before any rotary embedding. O(N agents) time
     and memory. Not causal-safe. The log-sum-exp of the state is that over the agents. The positional biases of the
     paper, which fix the grid, are left out.
 

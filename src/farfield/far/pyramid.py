@@ -18,10 +18,10 @@ from farfield.ops.multipole.summary import (
     LevelWeights,
     PooledSummary,
     SharedSummary,
+    Summaries,
     Summary,
     averaging,
 )
-from farfield.ops.multipole.summary import Pyramid as Summaries
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
 
 __all__ = ["Pyramid"]
@@ -202,8 +202,8 @@ class _Pyramid(nn.Module):
         """The summary with its present weights, as the operator takes it."""
         w = self.weights
         if self.options.summary == "shared":
-            # Stored relative to averaging: while the far field is quiet, Adam turns its tiny gradients into full steps, which
-            # are small beside 1 but not beside 1 / size.
+            # Stored relative to averaging: while the far field is quiet, Adam turns its tiny gradients into full
+            # steps, which are small beside 1 but not beside 1 / size.
             return SharedSummary(*(w[name] / w[name].shape[1] for name in SharedSummary._fields))
         if self.options.summary == "pooled":
             return PooledSummary(w["query"])

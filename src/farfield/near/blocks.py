@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from farfield.geometry import per_axis
-from farfield.ops.state import AttentionState
 from farfield.ops.multipole import multipole_attention
+from farfield.ops.state import AttentionState
 from farfield.parts import Inputs, LayerSpec, NearPart, Part
 
 __all__ = ["Blocks"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from farfield.ops.state import AttentionState
 from farfield.near.dense import dense_output
+from farfield.ops.state import AttentionState
 from farfield.ops.window import window_attention
 from farfield.ops.window.api import check_rule
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, head_norm

@@ -93,7 +93,7 @@ class Recipe:
     status: str = "tested"
 
     def options(self, dims: int = 1) -> dict[str, Any]:
-        """The options that `build` accepts beside the layer's own arguments, with their defaults in `dims` dimensions."""
+        """The options that `build` accepts beside the layer's arguments, with their defaults in `dims` dimensions."""
         defaults = {p.name: p.default for p in list(inspect.signature(self.parts).parameters.values())[1:]}
         return {name: value.of(dims) if isinstance(value, ByDims) else value for name, value in defaults.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +23,13 @@ class Evaluation:
         bits: Mean bits per token over all positions.
         positions: (lo, hi, bits): the mean over predictions that see between lo + 1 and hi tokens, in octaves.
         tokens: Number of predictions in the mean.
+        windows: Bits per token of each window, in the order of the text; ``bits`` is their mean.
     """
 
     bits: float
     positions: list[tuple[int, int, float]]
     tokens: int
+    windows: tuple[float, ...]
 
 
 def octaves(context: int, first: int = 64) -> list[tuple[int, int]]:
@@ -46,15 +49,25 @@ def evaluate(
     context: int,
     max_tokens: int = 131072,
     batch: int = 1,
+    *,
+    least: int = 1,
+    most: int | None = None,
+    on_window: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure a model on windows spread evenly over held-out bytes: the same windows for every model.
+
+    The windows depend on the text's length, ``context``, ``max_tokens``, ``least`` and ``most`` only.
 
     Args:
         model: Maps tokens [B, N] int64 to logits [B, N, vocab]. Put into evaluation mode meanwhile.
         valid: Held-out bytes, one-dimensional, longer than ``context``.
         context: Length of a window.
-        max_tokens: Predictions to make at most; at least one window is read.
+        max_tokens: Predictions to make at most; ``least`` windows are read all the same.
         batch: Windows at once.
+        least: Windows to read at least, where the text has as many.
+        most: Windows to read at most; None for no such limit.
+        on_window: Called with (windows done, windows in all) before the first window and after each batch. What it
+            raises ends the evaluation.
 
     Returns:
         Bits per byte. Windows do not overlap as long as the text is long enough for ``max_tokens``.
@@ -69,21 +82,31 @@ def evaluate(
             f"the held-out text has {len(valid):,} bytes, context {context:,} needs at least {context + 1:,}: "
             "give more text or a shorter context"
         )
-    count = max(1, min(max_tokens // context, (len(valid) - 1) // context))
+    if least < 1 or (most is not None and most < least):
+        raise ValueError(f"least must be at least 1 and most not below it, got {least} and {most}")
+    possible = (len(valid) - 1) // context
+    count = min(max(max_tokens // context, least), possible if most is None else min(most, possible))
     starts = np.linspace(0, len(valid) - context - 1, count).astype(np.int64)
     device = next(model.parameters()).device
     by_position = torch.zeros(context, dtype=torch.float64)
+    by_window: list[float] = []
     training = model.training
     model.eval()
     try:
+        if on_window is not None:
+            on_window(0, count)
         for first in range(0, count, batch):
             windows = np.stack([valid[start : start + context + 1] for start in starts[first : first + batch]])
             tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
             logits = model(tokens[:, :-1])
             nats = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-            by_position += nats.view(len(windows), context).double().sum(0).cpu()
+            rows = nats.view(len(windows), context).double().cpu()
+            by_position += rows.sum(0)
+            by_window += (rows.mean(1) / math.log(2)).tolist()
+            if on_window is not None:
+                on_window(len(by_window), count)
     finally:
         model.train(training)
     bits = by_position / (count * math.log(2))
     positions = [(low, high, bits[low:high].mean().item()) for low, high in octaves(context)]
-    return Evaluation(bits.mean().item(), positions, count * context)
+    return Evaluation(bits.mean().item(), positions, count * context, tuple(by_window))

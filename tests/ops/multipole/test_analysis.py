@@ -94,7 +94,7 @@ def test_effective_weights_of_linear_summaries(kind: str) -> None:
 def test_effective_weights_refuses_what_it_cannot_know() -> None:
     q, k, v = (x.detach() for x in tensors(1, 2, 2, 40, 3))
     ready = ff.summarise(k, v, block=4, rank=2)
-    with pytest.raises(ValueError, match=r"ready Pyramid.*pass 'mean' or weights"):
+    with pytest.raises(ValueError, match=r"ready Summaries.*pass 'mean' or weights"):
         ff.effective_weights(q, k, block=4, rank=2, summary=ready)
     with pytest.raises(TypeError, match=r"unknown option \['dropout'\].*block"):
         ff.effective_weights(q, k, block=4, rank=2, dropout=0.1)

@@ -468,12 +468,12 @@ def test_errors_of_weights(packed: bool, impl: str) -> None:
         call(ff.LearnedSummary((level[0], level[0], level[2])))
     ready = ff.summarise(KV, KV, **SMALL)
     if packed:
-        with pytest.raises(ValueError, match="ready Pyramid with cu_seqlens"):
+        with pytest.raises(ValueError, match="ready Summaries with cu_seqlens"):
             call(ready)
         return
-    with pytest.raises(ValueError, match="Pyramid has 2 key and 3 value levels"):
+    with pytest.raises(ValueError, match="Summaries has 2 key and 3 value levels"):
         call(ready._replace(keys=ready.keys[:2]))
-    with pytest.raises(ValueError, match=r"Pyramid.values\[0\] has shape \[2, 2, 8, 2, 8\].*\[2, 2, 16, 2, 8\]"):
+    with pytest.raises(ValueError, match=r"Summaries.values\[0\] has shape \[2, 2, 8, 2, 8\].*\[2, 2, 16, 2, 8\]"):
         call(ready._replace(values=(ready.values[1], *ready.values[1:])))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from farfield.geometry import EMPTY, Geometry
 from farfield.ops.multipole import pyramid
-from farfield.ops.multipole.summary import Pyramid, pack
+from farfield.ops.multipole.summary import Summaries, pack
 from support.multipole_cases import geometries, make_summary
 
 
@@ -42,7 +42,7 @@ def test_down_is_the_gradient_of_up(g: Geometry, kind: str, own: bool, share: fl
     built = pyramid.up(summary, key, value, valid, counts, g, g.levels)
     for level, side in itertools.product(range(1, g.levels + 1), built):
         assert side[level - 1].shape == (2, 2, g.group_total(level), g.cells_per_group, 3)
-    grads = Pyramid(*(tuple(torch.randn_like(x) for x in side) for side in built))
+    grads = Summaries(*(tuple(torch.randn_like(x) for x in side) for side in built))
     leaves = [key, value, *pack(summary)[1]]
     into = torch.zeros_like(key.detach()), torch.zeros_like(key.detach())
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_ready_summaries_of_more_levels_than_needed(levels: int) -> None:
     counts = pyramid.count(valid, g, levels)
     built = pyramid.up(ready, x, x, valid, counts, g, levels)
     assert len(built.keys) == levels
-    grads = Pyramid(*(tuple(torch.ones_like(t) for t in side) for side in built))
+    grads = Summaries(*(tuple(torch.ones_like(t) for t in side) for side in built))
     got = pyramid.down(ready, x, x, valid, counts, g, grads, x.clone(), x.clone())
     assert [t.sum().item() == t.numel() for t in got] == [level < levels for _ in range(2) for level in range(2)]
     assert len({t.untyped_storage().data_ptr() for t in got}) == 4

@@ -37,7 +37,7 @@ def by_words(case: Case, b: int, h: int, part: slice) -> tuple[np.ndarray, np.nd
     elif isinstance(summary, ff.LearnedSummary):
         open_ = [ok and j >= options["sinks"] for j, ok in enumerate(valid)]
         summarise = oracle.learned(k, v, tree, [[w.detach().numpy() for w in level] for level in summary.levels], open_)
-    elif isinstance(summary, ff.Pyramid):
+    elif isinstance(summary, ff.Summaries):
         summarise = oracle.given(tree, *([x.detach()[b, kv].numpy() for x in side] for side in summary))
     else:
         summarise = oracle.mean(k, v)

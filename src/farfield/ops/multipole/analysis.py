@@ -15,7 +15,7 @@ from torch import Tensor
 from farfield.geometry import geometry
 from farfield.ops.multipole import reference
 from farfield.ops.multipole.api import normalise
-from farfield.ops.multipole.summary import LearnedSummary, LevelWeights, Pyramid, SharedSummary, Summary
+from farfield.ops.multipole.summary import LearnedSummary, LevelWeights, SharedSummary, Summaries, Summary
 
 _DEFAULTS: dict[str, Any] = {
     "grid": None, "block": 64, "rank": 8, "levels": None, "causal": False, "key_mask": None, "cu_seqlens": None,
@@ -68,9 +68,9 @@ def _per_token(summary: Summary, tokens: int) -> Summary:
             taps = level.value_weight.double().mean(1, keepdim=True).expand(-1, tokens, -1)
             levels.append(LevelWeights(level.key_weight, level.key_bias, taps, taps.new_zeros(taps.shape[:2])))
         return LearnedSummary(tuple(levels))
-    if isinstance(summary, Pyramid):
+    if isinstance(summary, Summaries):
         raise ValueError(
-            "summary is a ready Pyramid: how its values came from tokens is unknown; pass 'mean' or weights instead"
+            "summary is a ready Summaries: how its values came from tokens is unknown; pass 'mean' or weights instead"
         )
     return summary
 
@@ -88,7 +88,7 @@ def effective_weights(query: Tensor, key: Tensor, **options: Any) -> Tensor:
         summaries differ by channel (shared, learned) it is the mean over channels, without the learned bias.
 
     Raises:
-        ValueError, TypeError: as the operator; for a ready Pyramid.
+        ValueError, TypeError: as the operator; for a ready Summaries.
 
     Memory O(N^2).
     """
@@ -165,7 +165,7 @@ def error_report(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> E
 
     Args:
         query: [B, Hq, N, D]; key, value: [B, Hkv, N, D].
-        **options: as :func:`effective_weights`, without cu_seqlens and part. A ready Pyramid is refused.
+        **options: as :func:`effective_weights`, without cu_seqlens and part. A ready Summaries is refused.
 
     Returns:
         ErrorReport of scores, weights and outputs, computed in float64. Memory O(N^2).

@@ -13,7 +13,7 @@ from farfield.geometry import Geometry, check_divides, geometry, integers, per_a
 from farfield.ops.multipole import reference
 from farfield.ops.multipole.op import Multipole, multipole
 from farfield.ops.multipole.plan import segment_lengths
-from farfield.ops.multipole.summary import Pyramid, Summary, check, check_levels, pack
+from farfield.ops.multipole.summary import Summaries, Summary, check, check_levels, pack
 
 ENGINES = ("reference", "torch")
 
@@ -72,7 +72,7 @@ def multipole_attention(
             O(N log N). Not with ``causal``, since a pooled query mixes later tokens in.
         sinks: leading tokens (of each packed sequence) that every query sees exactly and that belong to no cell.
         dropout: rate in [0, 1) for the normalised weights, drawn from torch's default generator. Pass 0 in evaluation.
-        summary: "mean", or ready weights (SharedSummary, PooledSummary, LearnedSummary), or ready summaries (Pyramid).
+        summary: "mean", ready weights (SharedSummary, PooledSummary, LearnedSummary), or ready summaries (Summaries).
         level_bias: [levels or more, Hq], added to the scores of each level's cells.
         return_lse: also return the natural log of each query's sum of exponentials, differentiable.
         impl: "torch" (fast, any device), "reference" (dense, O(N^2), differentiable to any order), None: "torch".
@@ -215,9 +215,9 @@ def normalise(
         check_levels(summary, level_bias, fixed, key)
     if kind in ("shared", "pooled"):
         check(summary, Geometry(axes, m, p, 0), key, 0)
-    if isinstance(summary, Pyramid) and cu_seqlens is not None:
+    if isinstance(summary, Summaries) and cu_seqlens is not None:
         raise ValueError(
-            "summary is a ready Pyramid with cu_seqlens: packed sequences build their own; pass weights instead"
+            "summary is a ready Summaries with cu_seqlens: packed sequences build their own; pass weights instead"
         )
     return {
         "query": query,

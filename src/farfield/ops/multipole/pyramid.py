@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import Geometry
-from farfield.ops.multipole.summary import LearnedSummary, PooledSummary, Pyramid, SharedSummary, Summary, pack
+from farfield.ops.multipole.summary import LearnedSummary, PooledSummary, SharedSummary, Summaries, Summary, pack
 from farfield.ops.tiles import compute_dtype
 
 
@@ -273,7 +273,7 @@ def _fullness(counts: Counts, geometry: Geometry, level: int, dtype: torch.dtype
 
 def up(
     summary: Summary, key: Tensor, value: Tensor, valid: Tensor, counts: Counts, geometry: Geometry, levels: int
-) -> Pyramid:
+) -> Summaries:
     """Summaries of all levels.
 
     Args:
@@ -284,10 +284,10 @@ def up(
         geometry: the hierarchy; ``levels``: how many of them.
 
     Returns:
-        Pyramid in the precision of the arithmetic, each [B, H, groups, P, D].
+        Summaries in the precision of the arithmetic, each [B, H, groups, P, D].
     """
-    if isinstance(summary, Pyramid):
-        return Pyramid(summary.keys[:levels], summary.values[:levels])
+    if isinstance(summary, Summaries):
+        return Summaries(summary.keys[:levels], summary.values[:levels])
     if isinstance(summary, LearnedSummary):
         out: list[list[Tensor]] = [[], []]
         for level, w in enumerate(summary.levels[:levels], start=1):
@@ -300,9 +300,9 @@ def up(
                 into.append(
                     torch.einsum("bhgtc,rct->bhgrc", tokens, weight.to(scale.dtype)) * scale + bias.to(scale.dtype)
                 )
-        return Pyramid(tuple(out[0]), tuple(out[1]))
+        return Summaries(tuple(out[0]), tuple(out[1]))
     keys, values = _cells(summary, key, value, valid, counts, geometry, levels)
-    return Pyramid(
+    return Summaries(
         tuple(to_groups(x, geometry, i) for i, x in enumerate(keys, start=1)),
         tuple(to_groups(x, geometry, i) for i, x in enumerate(values, start=1)),
     )
@@ -339,7 +339,7 @@ def down(
     valid: Tensor,
     counts: Counts,
     geometry: Geometry,
-    grads: Pyramid,
+    grads: Summaries,
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> list[Tensor]:
@@ -356,7 +356,7 @@ def down(
     levels = len(grads.keys)
     if levels == 0:
         return [torch.zeros_like(t) for t in pack(summary)[1]]
-    if isinstance(summary, Pyramid):
+    if isinstance(summary, Summaries):
         spare = [torch.zeros_like(t) for t in (*summary.keys[levels:], *summary.values[levels:])]
         half = len(summary.keys) - levels
         # Levels are views of one buffer, and results of a custom operator must not share memory.
@@ -460,7 +460,7 @@ def _learned_down(
     value: Tensor,
     counts: Counts,
     geometry: Geometry,
-    grads: Pyramid,
+    grads: Summaries,
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import Geometry, geometry
-from farfield.ops.multipole.summary import LearnedSummary, PooledSummary, Pyramid, SharedSummary, Summary
+from farfield.ops.multipole.summary import LearnedSummary, PooledSummary, SharedSummary, Summaries, Summary
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def summaries(
     for level in range(1, levels + 1):
         inside = same_rows(where.cells(level), where.cell(level)).to(key.dtype)  # [C, N]
         counts.append(weight @ inside.T)
-    if isinstance(summary, Pyramid):
+    if isinstance(summary, Summaries):
         flat = [[x.flatten(2, 3).to(key.dtype) for x in side[:levels]] for side in summary]
         return flat[0], flat[1], counts
     if isinstance(summary, LearnedSummary):

@@ -10,7 +10,7 @@ from torch import Tensor
 from farfield.ops.multipole import pyramid
 from farfield.ops.multipole.api import normalise
 from farfield.ops.multipole.plan import make_plan
-from farfield.ops.multipole.summary import Pyramid, Summary, check
+from farfield.ops.multipole.summary import Summaries, Summary, check
 
 
 def summarise(
@@ -24,7 +24,7 @@ def summarise(
     key_mask: Tensor | None = None,
     sinks: int = 0,
     summary: Summary = "mean",
-) -> Pyramid:
+) -> Summaries:
     """The pyramid of summaries of ``key`` and ``value``.
 
     ``multipole_attention(q, k, v, ..., summary=summarise(k, v, ..., summary=s))`` equals
@@ -35,7 +35,7 @@ def summarise(
         grid, block, rank, levels, key_mask, sinks, summary: as in :func:`farfield.multipole_attention`.
 
     Returns:
-        Pyramid of [B, Hkv, groups, P, D] per level, float32 (float64 for float64 inputs). Linear time and memory,
+        Summaries of [B, Hkv, groups, P, D] per level, float32 (float64 for float64 inputs). Linear time and memory,
         differentiable.
 
     Raises:

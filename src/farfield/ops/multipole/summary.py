@@ -64,14 +64,14 @@ class LearnedSummary(NamedTuple):
     levels: tuple[LevelWeights, ...]
 
 
-class Pyramid(NamedTuple):
+class Summaries(NamedTuple):
     """Ready summaries, level 1 first: each [B, Hkv, groups, P, D], groups and cells row-major."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
 
-Summary = str | SharedSummary | PooledSummary | LearnedSummary | Pyramid
+Summary = str | SharedSummary | PooledSummary | LearnedSummary | Summaries
 
 
 def pack(summary: Summary) -> tuple[str, list[Tensor]]:
@@ -85,7 +85,7 @@ def pack(summary: Summary) -> tuple[str, list[Tensor]]:
         if summary != "mean":
             raise ValueError(
                 f"summary={summary!r}: the functional form knows 'mean', or takes ready weights as SharedSummary(...), "
-                "PooledSummary(...), LearnedSummary(...) or ready summaries as Pyramid(...); modules own the parameters"
+                "PooledSummary(...), LearnedSummary(...) or finished ones as Summaries(...); modules own the parameters"
             )
         return "mean", []
     if isinstance(summary, SharedSummary):
@@ -94,11 +94,11 @@ def pack(summary: Summary) -> tuple[str, list[Tensor]]:
         return "pooled", list(summary)
     if isinstance(summary, LearnedSummary):
         return "learned", [t for level in summary.levels for t in level]
-    if isinstance(summary, Pyramid):
+    if isinstance(summary, Summaries):
         return "given", [*summary.keys, *summary.values]
     raise TypeError(
         f"summary is a {type(summary).__name__}: "
-        "'mean', SharedSummary, PooledSummary, LearnedSummary or Pyramid would be accepted"
+        "'mean', SharedSummary, PooledSummary, LearnedSummary or Summaries would be accepted"
     )
 
 
@@ -112,7 +112,7 @@ def unpack(kind: str, tensors: Sequence[Tensor]) -> Summary:
         return LearnedSummary(tuple(LevelWeights(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)))
     if kind == "given":
         half = len(tensors) // 2
-        return Pyramid(tuple(tensors[:half]), tuple(tensors[half:]))
+        return Summaries(tuple(tensors[:half]), tuple(tensors[half:]))
     return kind
 
 
@@ -149,16 +149,16 @@ def check(summary: Summary, geometry: Geometry, key: Tensor, levels: int) -> Non
             for name, tensor in level._asdict().items():
                 taps = (size,) if name.endswith("weight") else ()
                 expect(f"LearnedSummary.levels[{i - 1}].{name}", tensor, (p, width, *taps))
-    elif isinstance(summary, Pyramid):
+    elif isinstance(summary, Summaries):
         if len(summary.keys) < levels or len(summary.values) < levels:
             raise ValueError(
-                f"Pyramid has {len(summary.keys)} key and {len(summary.values)} value levels; "
+                f"Summaries has {len(summary.keys)} key and {len(summary.values)} value levels; "
                 f"this length needs {levels}"
             )
         for i in range(levels):
             shape = (key.shape[0], heads, geometry.group_total(i + 1), p, width)
-            expect(f"Pyramid.keys[{i}]", summary.keys[i], shape)
-            expect(f"Pyramid.values[{i}]", summary.values[i], shape)
+            expect(f"Summaries.keys[{i}]", summary.keys[i], shape)
+            expect(f"Summaries.values[{i}]", summary.values[i], shape)
 
 
 def check_levels(summary: Summary, level_bias: Tensor | None, geometry: Geometry, key: Tensor) -> None:
@@ -167,7 +167,7 @@ def check_levels(summary: Summary, level_bias: Tensor | None, geometry: Geometry
     Raises:
         ValueError: as :func:`check`.
     """
-    if isinstance(summary, LearnedSummary | Pyramid):
+    if isinstance(summary, LearnedSummary | Summaries):
         check(summary, geometry, key, geometry.levels)
     if level_bias is not None and level_bias.shape[0] < geometry.levels:
         raise ValueError(f"level_bias has {level_bias.shape[0]} rows; this length has {geometry.levels} levels")

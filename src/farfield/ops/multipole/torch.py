@@ -15,7 +15,7 @@ from torch import Tensor
 from farfield.geometry import Geometry
 from farfield.ops.multipole import pyramid
 from farfield.ops.multipole.plan import Table, make_plan, segment_lengths
-from farfield.ops.multipole.summary import Pyramid, check_levels, unpack
+from farfield.ops.multipole.summary import Summaries, check_levels, unpack
 from farfield.ops.tiles import Dropout, Gradients, Lists, Store, attend, attend_backward, compute_dtype
 
 
@@ -380,7 +380,7 @@ class _Totals:
             have or [torch.zeros_like(x, dtype=call.dtype) for x in like]
             for have, like in zip(self.cells, (call.pyramid.keys, call.pyramid.values), strict=True)
         ]
-        grads = Pyramid(tuple(sides[0]), tuple(sides[1]))
+        grads = Summaries(tuple(sides[0]), tuple(sides[1]))
         sink = call.plan.is_sink
         key, value = self.key, self.value
         if sink is not None:
