@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 setup: $(READY)
 
 demo: $(READY)
-	$(BIN)/farfield compare --attention dense,window,fma --context 4096 --budget $(DEMO_BUDGET) --out $(DEMO_OUT)
+	$(BIN)/farfield compare --attention dense,window,fma --context 4096 --budget $(DEMO_BUDGET) --out $(DEMO_OUT) --resume
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -3,8 +3,9 @@
     python benchmarks/text_study.py --out runs/study --steps 600 --context 4096 --seeds 0,1,2 \
         near=blocks window=window fma=fma mean=fma:summary=mean cells=fma:rotate=cells
 
-A variant is LABEL=RECIPE[:OPTION=VALUE...]. Every finished run is kept in OUT as JSON and not repeated. Several of
-these commands may share OUT. ``--table`` only prints what is there.
+A variant is LABEL=RECIPE[:OPTION=VALUE...]. Every finished run is kept in OUT as JSON and not repeated; one with other
+settings under the same label and seed is refused. Several of these commands may share OUT. ``--table`` only prints what
+is there.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import ast
 import json
 import os
 import statistics
+import sys
 from pathlib import Path
 
 import torch
 
 from farfield.data.text import collect
+from farfield.far.pyramid import FAST
 from farfield.models.language import LanguageConfig, LanguageModel
 from farfield.training.evaluate import evaluate
+from farfield.training.files import write_json
 from farfield.training.loop import TrainConfig, Trainer
 
 
@@ -60,11 +64,59 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
         torch.set_num_threads(args.threads)
-        split = collect(args.text).split(args.context)
-        for seed in map(int, args.seeds.split(",")):
-            for variant in args.variants:
-                run(args, *parse_variant(variant), seed, split.train, split.valid)
+        corpus = collect(args.text)
+        split = corpus.split(args.context)
+        plan = [(*parse_variant(text), seed) for seed in map(int, args.seeds.split(",")) for text in args.variants]
+        for label, recipe, options, seed in plan:  # all of them before the first one is trained
+            path = run_path(args.out, label, seed)
+            if path.exists():
+                different = differences(
+                    json.loads(path.read_text()), settings(args, recipe, options, corpus.fingerprint)
+                )
+                if different:
+                    sys.exit(f"error: {path} has other settings ({'; '.join(different)}); give another label or --out")
+        for label, recipe, options, seed in plan:
+            run(args, label, recipe, options, seed, corpus.fingerprint, split.train, split.valid)
     table(args.out)
+
+
+def run_path(out: Path, label: str, seed: int) -> Path:
+    """Where a run's record lies."""
+    return out / f"{label}-seed{seed}.json"
+
+
+def settings(args: argparse.Namespace, recipe: str, options: dict[str, object], fingerprint: str) -> dict[str, object]:
+    """What decides a run besides its seed, as JSON gives it back."""
+    asked = {
+        "recipe": recipe,
+        "options": options,
+        "context": args.context,
+        "batch": args.batch,
+        "lr": args.lr,
+        "steps": args.steps,
+        "seconds": args.seconds,
+        "eval_tokens": args.eval_tokens,
+        "text": fingerprint,
+    }
+    read_back: dict[str, object] = json.loads(json.dumps(asked))
+    return read_back
+
+
+def differences(record: dict[str, object], asked: dict[str, object]) -> list[str]:
+    """In words, where a stored run was made with other settings than those asked for.
+
+    Records of earlier versions keep some settings at their top level, and there ``steps`` and ``seconds`` are those
+    that were taken; what such a record does not say counts as equal.
+    """
+    stored = record.get("settings")
+    if not isinstance(stored, dict):
+        unknown = {"seconds", *(["steps"] if asked["seconds"] is not None or asked["steps"] is None else [])}
+        stored = {name: record[name] for name in asked if name in record and name not in unknown}
+    return [
+        f"{name} {stored[name]!r} there, {value!r} now"
+        for name, value in asked.items()
+        if name in stored and stored[name] != value
+    ]
 
 
 def run(
@@ -73,11 +125,12 @@ def run(
     recipe: str,
     options: dict[str, object],
     seed: int,
+    fingerprint: str,
     train: object,
     valid: object,
 ) -> None:
     """One training run, unless its result is there."""
-    path = args.out / f"{label}-seed{seed}.json"
+    path = run_path(args.out, label, seed)
     if path.exists():
         return
     model = LanguageModel(LanguageConfig(recipe, options, context=args.context), seed=seed)
@@ -89,7 +142,7 @@ def run(
         on_progress=lambda p: print(f"\r{label} seed {seed} step {p.step} {p.train_bits:.3f}", end="", flush=True)
     )
     result = evaluate(model, valid, args.context, max_tokens=args.eval_tokens)  # type: ignore[arg-type]
-    bias = [10 * b.attention.far.level_bias.detach().mean(1)[:8] for b in model.blocks if _has_bias(b)]
+    bias = [FAST * b.attention.far.level_bias.detach().mean(1)[:8] for b in model.blocks if _has_bias(b)]
     record = {
         "label": label,
         "recipe": recipe,
@@ -106,10 +159,10 @@ def run(
         "parameters": model.parameter_count(),
         "cores": os.cpu_count(),
         "threads": args.threads,
+        "torch": torch.__version__,
+        "settings": settings(args, recipe, options, fingerprint),
     }
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=1))
-    temporary.replace(path)
+    write_json(path, record)
     print(
         f"\r{label} seed {seed}: {result.bits:.4f} bits per byte after {trainer.step} steps, {trainer.seconds:.0f} s",
         flush=True,

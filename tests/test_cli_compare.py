@@ -136,6 +136,8 @@ def test_ctrl_c_reports_what_is_finished(text: Path, tmp_path: Path) -> None:
         (["--rank", "5"], "rank"),
         (["--context", "0"], "--context"),
         (["--option", "colour=red"], "colour"),
+        (["--option", "sinks=abc"], "sinks='abc'"),
+        (["--option", "bias=abc"], "bias='abc'"),
         (["--device", "abacus"], "abacus"),
         (["--context", "9000"], "the text has"),
     ],
@@ -186,6 +188,61 @@ def test_show_draws_in_the_terminal(invoke: Callable[..., Result]) -> None:
     assert "causal" in result.output
     assert "▀" in result.output
     assert "level 1" in result.output
+    assert "effective weights" in result.output
+    assert "level bias 0 (a fresh layer starts at -8)" in result.output
+    assert "of the largest weight" in result.output
+    assert "effective" not in invoke("show", "window", "--n", 128).output
+
+
+def test_show_draws_the_weights_of_the_options(monkeypatch: pytest.MonkeyPatch, invoke: Callable[..., Result]) -> None:
+    taken: list[dict[str, object]] = []
+    real = farfield.effective_weights
+
+    def listen(*tensors: object, **options: object) -> object:
+        taken.append(options)
+        return real(*tensors, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(farfield, "effective_weights", listen)
+    result = invoke(
+        "show", "fma", "--n", 128, "--no-causal", "--option", "count_bias=false", "--option", "query_rank=2",
+        "--option", "bias=-3", "--option", "sinks=1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "level bias -3" in result.output
+    (options,) = taken
+    assert options["count_bias"] is False
+    assert options["query_rank"] == 2
+    assert options["sinks"] == 1
+    assert options["level_bias"].unique().tolist() == [-3.0]  # type: ignore[attr-defined]
+
+
+def test_the_answer_is_printed_before_the_report_is_written(
+    text: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from farfield.bench import report
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(report, "write", full)
+    result = invoke("compare", text, *TINY, "--attention", "dense", "--steps", 1, "--no-cost", "--out", tmp_path / "o")
+    assert result.exit_code == 1
+    assert "answer" in result.output
+    assert "the disk is full" in result.output
+
+
+def test_a_second_comparison_needs_resume(text: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    command = ["compare", text, *TINY, "--attention", "fma", "--steps", 1, "--no-cost", "--out", tmp_path / "o"]
+    command += ["--option", "summary=learned", "--option", "grid=[128]", "--option", "block=[16]"]
+    first = invoke(*command)
+    assert first.exit_code == 0, first.output
+    said = json.loads((tmp_path / "o" / "results.json").read_text())["command"]
+    assert "'grid=[128]'" in said
+    assert "'block=[16]'" in said
+    again = invoke(*command)
+    assert again.exit_code == 2
+    assert "--resume" in again.output
+    assert invoke(*command, "--resume").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -211,6 +268,10 @@ def test_show_writes_a_picture(tmp_path: Path, invoke: Callable[..., Result], ar
         (["--n", "64", "--query", "64"], "query 64 is outside"),
         (["--block", "16", "--rank", "5"], "rank"),
         (["dense", "--rank", "5"], "no option rank"),
+        (["--option", "sinks=abc"], "sinks='abc'"),
+        (["--option", "bias=abc"], "bias='abc'"),
+        (["--n", "128", "--option", "rotate=cells"], "rotate='cells' cannot be drawn"),
+        (["--n", "128", "--option", "summary=learned", "--option", "grid=[256]"], "give --n 256"),
         (["agent", "--causal"], "causal"),
     ],
 )

@@ -14,7 +14,7 @@ from farfield.bench.compare import (
     Settings,
     Watcher,
     compare,
-    evaluate_windows,
+    mixed_machines,
     run_file,
     thin,
 )
@@ -139,6 +139,11 @@ def test_a_foreign_results_file_is_not_overwritten(corpus: Corpus, tmp_path: Pat
         ({"options": {"sise": 4}}, "'sise'"),
         ({"steps": None, "seconds": None}, "needs an end"),
         ({"lr": -1.0}, "lr must be positive"),
+        ({"options": {"block": 8, "sinks": "abc"}, "attentions": ("fma",)}, "sinks='abc'"),
+        (
+            {"options": {"block": 8, "rank": 2, "summary": "learned", "grid": (32,)}, "attentions": ("fma",)},
+            "fma cannot work at context 64: .*grid",
+        ),
         ({"context": 100_000}, "the text has"),
     ],
 )
@@ -187,14 +192,79 @@ def test_a_diverged_run_does_not_end_the_others(
     assert "diverged" in write(outcome, tmp_path).read_text()
 
 
-def test_windows_average_to_the_evaluation_of_the_whole(corpus: Corpus) -> None:
+def test_finished_runs_are_not_overwritten(finished: tuple[Outcome, Path], corpus: Corpus) -> None:
+    _, folder = finished
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds 2 finished runs .*--resume .* another --out"):
+        compare(TINY, corpus, folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_more_levels_than_a_picture_or_a_short_length_has(corpus: Corpus, tmp_path: Path) -> None:
+    settings = dataclasses.replace(
+        TINY, attentions=("fma",), context=256, options={"block": 8, "rank": 2, "levels": 4}, cost_seconds=0.2
+    )
+    outcome = compare(settings, corpus, tmp_path)
+    assert outcome.notes == []
+    assert outcome.cost is not None
+    assert outcome.cost.points
+    assert "Who sees whom" in write(outcome, tmp_path).read_text()
+
+
+def test_a_layer_that_cannot_be_measured_or_drawn_is_a_note(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from farfield.bench import pictures as module
+
+    def no_picture(*_: object, **__: object) -> None:
+        raise ValueError("no picture is known for the far field Odd()")
+
+    monkeypatch.setattr(module, "pattern", no_picture)
+    options = {"block": (8,), "rank": 2, "summary": "learned", "grid": (64,)}
+    settings = dataclasses.replace(TINY, attentions=("fma",), options=options, cost_seconds=0.2)
+    outcome = compare(settings, corpus, tmp_path)
+    assert len(outcome.runs) == 1
+    picture, cost = outcome.notes
+    assert "no picture is known for the far field Odd()" in picture
+    assert "cost of one layer of fma was not measured" in cost
+    assert "grid (64,)" in cost
+    page = write(outcome, tmp_path).read_text()
+    assert "Odd()" in page
+    assert "Who sees whom" not in page
+    assert to_json(outcome)["notes"] == outcome.notes
+    again = compare(settings, corpus, tmp_path, resume=True)  # tuples survive the way through JSON
+    assert again.runs == outcome.runs
+
+
+def test_a_cost_stage_that_breaks_is_a_note(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from farfield.bench import compare as module
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(module.layer_cost, "measure", broken)
+    outcome = compare(dataclasses.replace(TINY, attentions=("dense",), cost_seconds=1.0), corpus, tmp_path)
+    assert len(outcome.runs) == 1
+    assert "shapes cannot be multiplied" in outcome.notes[0]
+
+
+def test_runs_of_several_machines_are_noted(finished: tuple[Outcome, Path]) -> None:
+    outcome, _ = finished
+    assert outcome.runs[0].machine.keys() == {"processor", "cores", "threads", "torch"}
+    assert mixed_machines(outcome.runs) == []
+    other = dataclasses.replace(outcome.runs[1], machine={**outcome.runs[1].machine, "threads": 77})
+    (note,) = mixed_machines([outcome.runs[0], other])
+    assert "threads" in note
+    assert "77" in note
+    unknown = dataclasses.replace(other, machine={})
+    assert mixed_machines([outcome.runs[0], unknown]) == []
+
+
+def test_windows_are_those_of_the_evaluation(finished: tuple[Outcome, Path], corpus: Corpus) -> None:
     model = LanguageModel(LanguageConfig(attention="dense", dim=16, depth=1, num_heads=1, context=64))
-    valid = corpus.split(64).valid
-    windows, positions = evaluate_windows(model, valid, 64, 10 * 64)
-    whole = evaluate(model, valid, 64, max_tokens=10 * 64)
-    assert len(windows) == 10
-    assert np.mean(windows) == pytest.approx(whole.bits, rel=1e-6)
-    assert positions == [(low, high, pytest.approx(bits, rel=1e-6)) for low, high, bits in whole.positions]
+    whole = evaluate(model, corpus.split(64).valid, 64, max_tokens=256, least=8, most=256)
+    assert len(whole.windows) == len(finished[0].runs[0].windows) == 8
+    assert np.mean(whole.windows) == pytest.approx(whole.bits)
 
 
 def test_thinning_keeps_the_mean_and_the_end() -> None:

@@ -70,3 +70,12 @@ def test_available_memory_is_plausible() -> None:
 )
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+@linux
+def test_asking_does_not_touch_a_peak_under_way() -> None:
+    with PeakMemory() as peak:
+        torch.ones(64 * MIB // 4).sum()
+        assert why_unmeasured("cpu") is None
+    assert peak.raised is not None
+    assert peak.raised > 60 * MIB

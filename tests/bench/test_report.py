@@ -35,7 +35,7 @@ def make_outcome(seeds: int = 1, **changes: object) -> Outcome:
         "settings": settings,
         "text": {
             "source": "a <b> & c", "files": 3, "skipped": 0, "fingerprint": "0" * 64, "train_bytes": 100_000,
-            "valid_bytes": 5_000, "byte_frequencies_bits": 4.5, "gzip_bits": 2.5,
+            "valid_bytes": 5_000, "byte_frequencies_bits": 4.5, "zlib_bits": 2.5, "simple_bytes": 4_000,
         },
         "machine": {"cores": 2, "threads": 1, "torch": "2.13.0"},
         "runs": runs,

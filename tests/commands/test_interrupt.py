@@ -28,3 +28,18 @@ def test_handlers_are_given_back() -> None:
     with Interruption():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_handler_that_is_not_from_python_gives_way_to_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    real = signal.signal
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "signal", lambda number, handler: real(number, handler) and None)
+            interruption = Interruption().__enter__()
+        interruption.__exit__(None, None, None)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            real(number, handler)

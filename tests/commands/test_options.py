@@ -49,6 +49,7 @@ def test_recipe_options() -> None:
         "name": "a=b",
     }
     assert recipe_options([]) == {}
+    assert recipe_options(["grid=[8, [4]]"]) == {"grid": (8, (4,))}
 
 
 @pytest.mark.parametrize("setting", ["block", "=3", "a b=3"])

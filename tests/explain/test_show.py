@@ -101,3 +101,14 @@ def test_the_terminal_picture_has_two_rows_per_line(seen: Pattern, image: Patter
 def test_bad_input_is_refused(seen: Pattern, image: Pattern, call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(seen, image)  # type: ignore[operator]
+
+
+def test_terminal_weights_are_shaded_by_their_logarithm(seen: Pattern) -> None:
+    weights = np.where(seen.codes == UNSEEN, 0.0, 1.0)
+    weights[32:] *= 1e-2
+    for columns, width in ((64, 64), (16, 16)):
+        lines = list(show.terminal_weights(seen, weights, columns).segments)
+        shades = {segment.style.color for segment in lines if segment.style is not None}
+        assert sum(segment.text != "\n" for segment in lines) == width * (width // 2)
+        assert len(shades) == 3  # the largest, a hundredth of it, unseen
+    assert "0.0001" in show.weights_legend().plain

@@ -74,6 +74,11 @@ def test_all_but_the_attention_begins_the_same(attention: str) -> None:
 def test_config_survives_json() -> None:
     config = small(options={}, rope=None)
     assert LanguageConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    grid = small(attention="fma", options={"block": 8, "rank": 2, "summary": "learned", "grid": (64,)})
+    read = LanguageConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(grid))))
+    assert read == grid
+    assert read.options["grid"] == (64,)
+    LanguageModel(read)
 
 
 @pytest.mark.parametrize(

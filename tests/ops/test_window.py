@@ -273,14 +273,15 @@ def test_composes_with_torch_func(impl: str) -> None:
     want = torch.autograd.grad(loss(*tensors, mask), tensors)
     plain = [x.detach() for x in tensors]
     by_entry = [x[:, None] for x in (*plain, mask)]
-    over = torch.func.vmap(loss)
+
+    def total(*tensors: Tensor) -> Tensor:
+        return torch.func.vmap(loss)(*(x[:, None] for x in tensors), by_entry[3]).sum()
+
     found = {
         "grad": torch.func.grad(loss, (0, 1, 2))(*plain, mask),
         "vmap of grad": [g[:, 0] for g in torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(*by_entry)],
-        "grad of vmap": torch.func.grad(lambda *x: over(*(y[:, None] for y in x), by_entry[3]).sum(), (0, 1, 2))(
-            *plain
-        ),
-        "backward of vmap": torch.autograd.grad(over(*(x[:, None] for x in tensors), by_entry[3]).sum(), tensors),
+        "grad of vmap": torch.func.grad(total, (0, 1, 2))(*plain),
+        "backward of vmap": torch.autograd.grad(total(*tensors), tensors),
     }
     for name, grads in found.items():
         for a, b in zip(grads, want, strict=True):

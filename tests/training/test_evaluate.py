@@ -76,3 +76,13 @@ def test_a_short_text_is_refused() -> None:
         evaluate(ByPosition(), COUNTING[:100], context=100)
     with pytest.raises(ValueError, match="at least 1, got 100, 0"):
         evaluate(ByPosition(), COUNTING, context=100, batch=0)
+
+
+def test_windows_come_one_by_one_between_their_limits() -> None:
+    told: list[tuple[int, int]] = []
+    few = evaluate(ByPosition(), COUNTING, 256, 256, least=3, most=5, on_window=lambda *at: told.append(at))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert few.windows == pytest.approx([0.5] * 3)
+    assert len(evaluate(ByPosition(), COUNTING, 256, 256 * 12, least=3, most=5).windows) == 5
+    with pytest.raises(ValueError, match="least must be at least 1"):
+        evaluate(ByPosition(), COUNTING, 256, least=3, most=2)

@@ -25,6 +25,7 @@ import torch
 from farfield import recipes
 from farfield.bench import cost as layer_cost
 from farfield.bench.memory import PeakMemory, is_out_of_memory
+from farfield.bench.pictures import pictures
 from farfield.data.text import Corpus, Split
 from farfield.models.language import LanguageConfig, LanguageModel
 from farfield.training.evaluate import evaluate
@@ -39,7 +40,8 @@ LEAST_WINDOWS = 8
 MOST_WINDOWS = 256
 """Held-out windows that are read at most: with a short context, more would take longer than training."""
 _CURVE_POINTS = 240
-_GZIP_BYTES = 4_000_000
+_SIMPLE_BYTES = 4_000_000
+"""Held-out bytes that simple coders are measured on at most."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Settings:
     cost_seconds: float | None = 45.0
 
     def validate(self) -> None:
-        """Builds every model once, so that whatever cannot work is refused before anything is written.
+        """Builds every model and runs its kinds of layers once, so that what cannot work is refused before training.
+
+        One forward pass of a layer at full length, far less than the first step of training takes.
 
         Raises:
             ValueError: with what was given and what would be accepted.
@@ -105,9 +109,18 @@ class Settings:
         self.train_config(self.first_seed)
         for name in self.attentions:
             try:
-                LanguageModel(self.model_config(name))
+                model = LanguageModel(self.model_config(name))
             except TypeError as error:
                 raise ValueError(str(error)) from error
+            x = torch.zeros(1, self.context, self.dim, device=self.device)
+            try:
+                with torch.no_grad():
+                    for block in list(model.blocks)[:2]:  # recipes alternate between two kinds of layers at most
+                        block.get_submodule("attention").to(self.device)(x)
+            except (ValueError, TypeError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    continue  # a failure of that run, told when it comes to it; others may fit
+                raise ValueError(f"{name} cannot work at context {self.context:,}: {error}") from error
 
     def recipe_options(self, attention: str) -> dict[str, Any]:
         """The options that this recipe knows."""
@@ -158,6 +171,7 @@ class RunResult:
         curve: (step, training seconds, bits per byte on the training text), means over equal numbers of steps.
         key: the settings that decide the numbers; two runs may be compared when all but attention, options and seed
             agree.
+        machine: what made it (processor, cores, threads, torch); empty for runs of earlier versions.
     """
 
     attention: str
@@ -172,6 +186,7 @@ class RunResult:
     parameters: int
     curve: tuple[tuple[int, float, float], ...]
     key: Mapping[str, Any]
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunResult:
@@ -193,6 +208,7 @@ class RunResult:
             parameters=int(values["parameters"]),
             curve=tuple((int(a), float(b), float(c)) for a, b, c in values["curve"]),
             key=dict(values["key"]),
+            machine=dict(values.get("machine", {})),
         )
 
 
@@ -215,6 +231,7 @@ class Outcome:
         machine: cores, threads, versions.
         runs: the finished runs, in the order of the plan.
         failures: runs that diverged or ran out of memory.
+        notes: what else a reader should know: pictures and costs that could not be had, runs of several machines.
         cost: of one layer by length; None when left out.
         interrupted: whether the user ended it early.
         unfinished: the run that was under way then.
@@ -226,6 +243,7 @@ class Outcome:
     machine: dict[str, Any]
     runs: list[RunResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     cost: layer_cost.Cost | None = None
     interrupted: bool = False
     unfinished: tuple[str, int] | None = None
@@ -288,7 +306,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 def describe_text(corpus: Corpus, split: Split) -> dict[str, Any]:
     """Where the text is from, and how many bits simple coders need for its held-out part."""
-    valid = split.valid[:_GZIP_BYTES]
+    valid = split.valid[:_SIMPLE_BYTES]
     counts = np.bincount(valid, minlength=256)
     share = counts[counts > 0] / len(valid)
     return {
@@ -299,7 +317,8 @@ def describe_text(corpus: Corpus, split: Split) -> dict[str, Any]:
         "train_bytes": len(split.train),
         "valid_bytes": len(split.valid),
         "byte_frequencies_bits": float(-(share * np.log2(share)).sum()),
-        "gzip_bits": 8 * len(zlib.compress(valid.tobytes(), 9)) / len(valid),
+        "simple_bytes": len(valid),
+        "zlib_bits": 8 * len(zlib.compress(valid.tobytes(), 9)) / len(valid),
     }
 
 
@@ -325,7 +344,27 @@ def run_key(
     }
     if settings.seconds is not None:  # equal time means something on one machine only
         key |= {"processor": machine["processor"], "threads": machine["threads"]}
-    return key
+    read_back: dict[str, Any] = json.loads(json.dumps(key))  # as a run's file gives it: lists for tuples
+    return read_back
+
+
+_MACHINE = ("processor", "cores", "threads", "torch")
+"""What of a machine is kept with each run: bits of equal seeds differ a little between these."""
+
+
+def mixed_machines(runs: Sequence[RunResult]) -> list[str]:
+    """A note when the runs were made by different machines, numbers of threads, or versions of torch."""
+    known = [run.machine for run in runs if run.machine]
+    mixed = []
+    for name in _MACHINE:
+        values = sorted({str(machine.get(name)) for machine in known})
+        if len(values) > 1:
+            mixed.append(f"{name} {' and '.join(values)}")
+    if not mixed:
+        return []
+    return [
+        f"The runs were not all made alike ({'; '.join(mixed)}): times do not compare, and bits may differ a little."
+    ]
 
 
 def run_file(folder: Path, attention: str, seed: int) -> Path:
@@ -342,8 +381,8 @@ def check_folder(
         The finished runs that belong to the plan; empty without ``resume``.
 
     Raises:
-        ValueError: when the folder is a file, holds runs with other settings, or damaged or foreign files under the
-            names that would be written.
+        ValueError: when the folder is a file, holds runs with other settings, damaged or foreign files under the names
+            that would be written, or, without ``resume``, any finished run.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give --out a new or an earlier folder of farfield compare")
@@ -374,7 +413,12 @@ def check_folder(
                 f"{verb} {folder}: {path.name} has other settings ({'; '.join(different)}); give another --out"
             )
         found[run.attention, run.seed] = run
-    return {place: found[place] for place in settings.plan if place in found} if resume else {}
+    if found and not resume:
+        raise ValueError(
+            f"{folder} holds {len(found)} finished run{'s' * (len(found) != 1)} with these settings; add --resume to "
+            "keep them and make what is missing, or give another --out"
+        )
+    return {place: found[place] for place in settings.plan if place in found}
 
 
 def _show(value: Any) -> str:
@@ -426,7 +470,7 @@ def compare(
     split = corpus.split(settings.context)
     machine = describe_machine(settings.device)
     finished = check_folder(folder, settings, corpus.fingerprint, machine, resume)
-    outcome = Outcome(settings, describe_text(corpus, split), machine)
+    outcome = Outcome(settings, describe_text(corpus, split), machine, notes=pictures(settings)[1])
     if before_first_run is not None:
         before_first_run()
     warm: set[str] = set()
@@ -445,6 +489,7 @@ def compare(
                 _warm_up(settings, attention, split.train)
                 warm.add(attention)
             run = _one_run(settings, attention, seed, split, key, watcher, stop)
+            run = dataclasses.replace(run, machine={name: machine[name] for name in _MACHINE})
         except _Stopped:
             outcome.interrupted = True
             outcome.unfinished = (attention, seed)
@@ -459,9 +504,19 @@ def compare(
         write_json(run_file(folder, attention, seed), {"format": RUN_FORMAT, **dataclasses.asdict(run)})
         outcome.runs.append(run)
         watcher.on_run(run, False)
+    outcome.notes += mixed_machines(outcome.runs)
     if settings.cost_seconds is not None and not outcome.interrupted:
-        outcome.cost = _cost(settings, folder, machine, resume, watcher, stop)
-        outcome.interrupted = outcome.cost.interrupted
+        try:
+            outcome.cost = _cost(settings, folder, machine, resume, watcher, stop)
+        except (ValueError, TypeError, RuntimeError, OSError) as error:  # the runs are worth more than this stage
+            outcome.notes.append(f"The cost of one layer by length was not measured: {error}")
+        else:
+            outcome.interrupted = outcome.cost.interrupted
+            outcome.notes += [
+                f"The cost of one layer of {name} was not measured: {reason}"
+                for name, reason in outcome.cost.stopped.items()
+                if not outcome.cost.of(name) and not outcome.cost.interrupted
+            ]
     return outcome
 
 
@@ -487,13 +542,28 @@ def _one_run(
         history = trainer.run(on_progress=lambda p: watcher.on_step(p, trainer.fraction), should_stop=stop)
         if not trainer.done:
             raise _Stopped
-    windows, positions = evaluate_windows(model, split.valid, settings.context, settings.eval_tokens, watcher, stop)
+
+    def on_window(done: int, total: int) -> None:
+        if done:
+            watcher.on_window(done, total)
+        if done < total and stop():
+            raise _Stopped
+
+    result = evaluate(
+        model,
+        split.valid,
+        settings.context,
+        settings.eval_tokens,
+        least=LEAST_WINDOWS,
+        most=MOST_WINDOWS,
+        on_window=on_window,
+    )
     return RunResult(
         attention=attention,
         seed=seed,
-        bits=float(np.mean(windows)),
-        windows=tuple(windows),
-        positions=tuple(positions),
+        bits=result.bits,
+        windows=result.windows,
+        positions=tuple(result.positions),
         steps=history[-1].step,
         tokens=history[-1].tokens,
         seconds=history[-1].seconds,
@@ -502,35 +572,6 @@ def _one_run(
         curve=tuple(thin(history)),
         key=key,
     )
-
-
-def evaluate_windows(
-    model: LanguageModel,
-    valid: npt.NDArray[np.uint8],
-    context: int,
-    max_tokens: int,
-    watcher: Watcher | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> tuple[list[float], list[tuple[int, int, float]]]:
-    """Bits per byte of each of some windows spread evenly over the held-out text, and by position over all of them.
-
-    The windows depend on the text, the context and ``max_tokens`` only, so that models can be compared window by
-    window.
-    """
-    possible = (len(valid) - 1) // context
-    count = max(1, min(max(max_tokens // context, LEAST_WINDOWS), MOST_WINDOWS, possible))
-    starts = np.linspace(0, len(valid) - context - 1, count).astype(np.int64)
-    results = []
-    for done, start in enumerate(starts, 1):
-        if stop is not None and stop():
-            raise _Stopped
-        results.append(evaluate(model, valid[start : start + context + 1], context))
-        if watcher is not None:
-            watcher.on_window(done, count)
-    ranges = [(low, high) for low, high, _ in results[0].positions]
-    by_position = np.mean([[bits for _, _, bits in result.positions] for result in results], axis=0)
-    positions = [(low, high, float(bits)) for (low, high), bits in zip(ranges, by_position, strict=True)]
-    return [result.bits for result in results], positions
 
 
 def thin(history: Sequence[Progress], points: int = _CURVE_POINTS) -> list[tuple[int, float, float]]:
@@ -551,13 +592,14 @@ def _cost(
     """Measures one layer of each attention, or takes an earlier measurement of the same layers on the same machine."""
     assert settings.cost_seconds is not None
     config = settings.model_config(settings.attentions[0])
-    key = {
+    key: dict[str, Any] = {
         "attentions": {name: settings.recipe_options(name) for name in settings.attentions},
         "dim": settings.dim,
         "heads": settings.heads,
         "seconds": settings.cost_seconds,
         "machine": {name: machine[name] for name in ("processor", "threads", "device", "torch")},
     }
+    key = json.loads(json.dumps(key))  # as the file gives it: lists for tuples
     path = folder / "cost.json"
     if resume and path.exists():
         values = _read_json(path)

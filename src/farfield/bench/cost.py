@@ -130,7 +130,7 @@ def measure(
         should_stop: asked before every length; true ends the stage with what is measured, marked interrupted.
 
     Returns:
-        The points, and why each attention stopped.
+        The points, and why each attention stopped; a layer that refuses a length stops there with its own words.
 
     Complexity:
         bounded by ``budget`` plus one predicted length.
@@ -211,6 +211,9 @@ def _one_length(
             if not is_out_of_memory(error):
                 raise
             stopped[candidate.name] = f"{length:,} ran out of memory"
+            continue
+        except ValueError as error:  # a layer that is made for another length
+            stopped[candidate.name] = f"{length:,} is refused: {error}"
             continue
         memory[candidate.name] = peak.raised
         turns[candidate.name] = 1 if warm > _LONG else repeats

@@ -8,6 +8,7 @@ allocator's own counters are used. Elsewhere nothing reliable exists, and the pe
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import sys
 from pathlib import Path
@@ -31,7 +32,11 @@ def _status_bytes(field: str) -> int:
 
 
 def why_unmeasured(device: torch.device | str = "cpu") -> str | None:
-    """None when peaks can be measured on ``device``, otherwise the reason in one sentence."""
+    """None when peaks can be measured on ``device``, otherwise the reason in one sentence.
+
+    Whether the kernel lets a process reset its peak is known only from doing so; the first question about the CPU does
+    that once, later ones change nothing.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return None
@@ -39,6 +44,11 @@ def why_unmeasured(device: torch.device | str = "cpu") -> str | None:
         return f"peak memory is not measured on {device.type} devices"
     if not sys.platform.startswith("linux"):
         return f"peak memory of a process cannot be reset on {sys.platform}, only on Linux"
+    return _why_not_reset()
+
+
+@functools.cache
+def _why_not_reset() -> str | None:
     try:
         _CLEAR.write_text(_RESET_PEAK)
         _status_bytes("VmHWM")

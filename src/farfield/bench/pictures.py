@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farfield.bench.compare import Settings
 from farfield.explain.pattern import Pattern, pattern
+
+if TYPE_CHECKING:
+    from farfield.bench.compare import Settings
 
 _BLOCKS = 16
 _TOKENS = 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import tempfile
 import time
@@ -69,6 +70,9 @@ def compare_command(
 ) -> None:
     """Train the same small language model once per attention, and say which suits this text.
 
+    Whole files are held out where there are several. Exact copies of a file are left out, near copies are not: text
+    that repeats with small changes can stand on both sides.
+
     Writes DIR/report.html (plots, numbers, answer; one file that needs no network), DIR/results.json and
     DIR/runs/*.json. Ctrl-C reports what is finished and exits with 130; --resume makes what is missing.
     """
@@ -77,6 +81,7 @@ def compare_command(
     if resume and out is None:
         raise ValueError("--resume needs the folder to go on with; add --out DIR")
     from rich.console import Console
+    from rich.markup import escape
 
     from farfield.bench.compare import Settings, compare
     from farfield.bench.report import write
@@ -123,8 +128,10 @@ def compare_command(
             )
             raise typer.Exit(INTERRUPTED) from None
     outcome.command = _command_line(paths or [], settings, folder)
+    # The answer first: whatever happens to the files, the training was not for nothing.
+    _print_outcome(console, outcome, folder)
     report = write(outcome, folder)
-    _print_outcome(console, outcome, report)
+    console.print(f"report: {escape(str(report))}", soft_wrap=True)
     if outcome.interrupted:
         raise typer.Exit(INTERRUPTED)
     if not outcome.runs:
@@ -172,12 +179,14 @@ def _command_line(paths: Sequence[str], settings: Settings, folder: Path) -> str
     if settings.lr is not None:
         words += ["--lr", f"{settings.lr:g}"]
     for name, value in settings.options.items():
-        words += [f"--{name}", str(value)] if name in ("block", "rank") else ["--option", f"{name}={value}"]
+        said = value if isinstance(value, str) else json.dumps(value)  # as `recipe_options` reads it
+        plain = name in ("block", "rank") and isinstance(value, int)
+        words += [f"--{name}", said] if plain else ["--option", f"{name}={said}"]
     words += ["--no-cost"] if settings.cost_seconds is None else ["--cost-budget", f"{settings.cost_seconds:g}"]
     return shlex.join([*words, "--out", str(folder)])
 
 
-def _print_outcome(console: Console, outcome: Outcome, report: Path) -> None:
+def _print_outcome(console: Console, outcome: Outcome, folder: Path) -> None:
     from rich.markup import escape
     from rich.panel import Panel
     from rich.text import Text
@@ -201,7 +210,7 @@ def _print_outcome(console: Console, outcome: Outcome, report: Path) -> None:
     for detail in verdict.details:
         lines.append(f"\n{detail}", style="not bold")
     console.print(Panel(lines, title="answer", title_align="left", border_style="blue"))
-    for warning in verdict.warnings:
+    for warning in (*verdict.warnings, *outcome.notes):
         console.print(f"[yellow]note:[/yellow] {escape(warning)}")
     for failure in outcome.failures:
         console.print(
@@ -209,10 +218,9 @@ def _print_outcome(console: Console, outcome: Outcome, report: Path) -> None:
         )
     if outcome.interrupted:
         console.print(
-            f"interrupted; the same command with --resume --out {escape(str(report.parent))} makes what is missing",
+            f"interrupted; the same command with --resume --out {escape(str(folder))} makes what is missing",
             soft_wrap=True,
         )
-    console.print(f"report: {escape(str(report))}", soft_wrap=True)
 
 
 class _State:

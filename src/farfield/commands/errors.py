@@ -39,11 +39,12 @@ def plainly(command: Callable[P, R]) -> Callable[P, R]:
             # The reader (head, less) has seen enough. Python would complain once more when it flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(FAILED) from None
-        except (ValueError, ModuleNotFoundError, OSError, ArithmeticError) as error:
+        except (ValueError, TypeError, ModuleNotFoundError, OSError, ArithmeticError) as error:
+            # TypeError: an option that a recipe does not take, or a word where it needs a number.
             if os.environ.get("FARFIELD_TRACEBACK"):
                 raise
             typer.echo(f"error: {error}", err=True)
-            bad_input = isinstance(error, ValueError | FileNotFoundError | PermissionError)
+            bad_input = isinstance(error, ValueError | TypeError | FileNotFoundError | PermissionError)
             raise typer.Exit(BAD_INPUT if bad_input else FAILED) from error
 
     return run

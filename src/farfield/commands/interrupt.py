@@ -12,7 +12,8 @@ __all__ = ["Interruption"]
 class Interruption:
     """While open, a first SIGINT or SIGTERM sets `requested`; a second one acts as it did before.
 
-    Works in the main thread only, as Python's signals do.
+    Works in the main thread only, as Python's signals do. A handler that was not installed from Python cannot be put
+    back; Python's own takes its place.
     """
 
     def __init__(self) -> None:
@@ -39,5 +40,7 @@ class Interruption:
 
     def _give_back(self) -> None:
         for number, handler in self._previous.items():
+            if handler is None:
+                handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, handler)
         self._previous.clear()

@@ -55,11 +55,13 @@ def in_words(seconds: float) -> str:
 
 
 def recipe_options(settings: Sequence[str]) -> dict[str, Any]:
-    """Options from ``["block=32", "summary=mean"]``; values that read as JSON become it, others stay text.
+    """Options from ``["block=32", "summary=mean"]``; values that read as JSON become it (lists as tuples), others text.
 
     Raises:
         ValueError: If one is not of the form NAME=VALUE, or a name comes twice.
     """
+    from farfield.models.language import tuples
+
     options: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -69,7 +71,7 @@ def recipe_options(settings: Sequence[str]) -> dict[str, Any]:
         if name in options:
             raise ValueError(f"option {name!r} is given twice: {options[name]!r} and {value!r}")
         try:
-            options[name] = json.loads(value)
+            options[name] = tuples(json.loads(value))
         except json.JSONDecodeError:
             options[name] = value
     return options

@@ -1,6 +1,10 @@
 """Text as bytes: the user's files, or the running interpreter's standard library.
 
 Nothing is decoded. A byte-level model reads any encoding, and bits per byte compare across encodings and tokenisers.
+
+Of files with equal bytes one is kept. Files that differ in as little as one byte are all kept: near copies (versions of
+a file, the same licence or template over and over) can fall on both sides of the split, and a model that remembers the
+one then predicts the other. Take such copies out before, or read the bits as those of text like that.
 """
 
 from __future__ import annotations

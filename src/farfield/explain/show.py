@@ -52,6 +52,9 @@ STYLE: Any = {  # matplotlib types its keys as several hundred literals
 _EXACT_COLOUR = "#d55e00"
 _GLOBAL_COLOUR = "#b48ead"
 _UNSEEN_COLOUR = "#f3f4f6"
+_DECADES = -4
+"""Weights are drawn on a logarithmic scale, from this power of ten of the largest one up."""
+_WEIGHT_SHADES = "magma_r"
 _CELL_SHADE = 0.13
 """How much lighter every other cell is drawn, so that single summaries can be told apart."""
 
@@ -222,7 +225,9 @@ def check_queries(queries: Sequence[int], tokens: int) -> None:
             raise ValueError(f"query {query} is outside; there are {tokens:,} tokens, 0 to {tokens - 1}")
 
 
-def weights_figure(pattern: Pattern, exact: Image, effective: Image, source: str, query: int | None = None) -> Figure:
+def weights_figure(
+    pattern: Pattern, exact: Image, effective: Image, source: str, query: int | None = None, drawn: str = ""
+) -> Figure:
     """Pattern, exact softmax weights, effective weights, and one query's row of both.
 
     Args:
@@ -231,6 +236,7 @@ def weights_figure(pattern: Pattern, exact: Image, effective: Image, source: str
         effective: [N, N] the weights that the operator applies.
         source: in words, where queries and keys are from.
         query: the row to draw; None takes one at seven eighths.
+        drawn: in words, of which settings the effective weights are.
     """
     n = pattern.tokens
     check_queries([] if query is None else [query], n)
@@ -247,13 +253,13 @@ def weights_figure(pattern: Pattern, exact: Image, effective: Image, source: str
         ]
         panels[0].legend(handles=handles, loc="upper right" if pattern.causal else "lower left", fontsize=7.5,
                          handlelength=1.1, frameon=True, framealpha=0.93, edgecolor="none")  # fmt: skip
-        shades = colormaps["magma_r"].with_extremes(bad=_UNSEEN_COLOUR)
+        shades = colormaps[_WEIGHT_SHADES].with_extremes(bad=_UNSEEN_COLOUR)
         for axes, weights, title, note in (
             (panels[1], exact, "exact softmax weights", source),
             (panels[2], effective, "effective weights", _distance(exact, effective)),
         ):
-            logs = np.where(pattern.codes == UNSEEN, np.nan, np.log10(np.clip(weights / top, 1e-4, 1)))
-            image = axes.imshow(logs, cmap=shades, vmin=-4, vmax=0, extent=(0, n, n, 0), interpolation="nearest")
+            logs = np.where(pattern.codes == UNSEEN, np.nan, np.log10(np.clip(weights / top, 10.0**_DECADES, 1)))
+            image = axes.imshow(logs, cmap=shades, vmin=_DECADES, vmax=0, extent=(0, n, n, 0), interpolation="nearest")
             axes.set_title(title, pad=20)
             _note(axes, note)
             axes.set_xlabel("key")
@@ -267,6 +273,7 @@ def weights_figure(pattern: Pattern, exact: Image, effective: Image, source: str
         line.fill_between(np.arange(n) + 0.5, exact[row], step="mid", color="#b9bec6", label="exact softmax")
         line.step(np.arange(n) + 0.5, effective[row], where="mid", color="#0072b2", linewidth=1.3, label="effective")
         line.set_title(f"the row of query {row}", loc="left")
+        line.set_title(drawn, loc="right", fontsize=8.5, fontweight="normal", color=MUTED)
         line.set_xlabel("key")
         line.set_ylabel("weight")
         line.set_xlim(0, n)
@@ -327,7 +334,50 @@ def terminal_picture(pattern: Pattern, columns: int = 64, query: int | None = No
         image[divmod(query, pattern.grid[1])] = (0, 0, 0)
     else:
         image = paint(pattern)
-    image = _shrink(image, columns)
+    return _half_blocks(_shrink(image, columns))
+
+
+def terminal_weights(pattern: Pattern, weights: Image, columns: int = 64) -> Segments:
+    """Attention weights in half blocks, with the shades of :func:`weights_figure`.
+
+    A pixel is the mean weight of the keys and queries in it, over those that see each other.
+
+    Args:
+        pattern: who sees whom; what nobody sees stays empty.
+        weights: [N, N], rows are queries.
+        columns: width in characters.
+    """
+    seen = (pattern.codes != UNSEEN).astype(np.float64)
+    number = _pooled(seen, columns)
+    mean = np.divide(_pooled(weights * seen, columns), number, out=np.zeros_like(number), where=number > 0)
+    logs = np.log10(np.clip(mean / max(float(mean.max()), 1e-300), 10.0**_DECADES, 1))
+    image = np.asarray(colormaps[_WEIGHT_SHADES](1 - logs / _DECADES))[..., :3]
+    image[number == 0] = to_rgb(_UNSEEN_COLOUR)
+    return _half_blocks(_shrink(image, columns))
+
+
+def _pooled(image: Image, columns: int) -> Image:
+    """Sums over the squares that become one pixel; the image itself when it is small enough."""
+    n = len(image)
+    if n <= columns:
+        return image
+    edges = np.arange(columns) * n // columns
+    return np.asarray(np.add.reduceat(np.add.reduceat(image, edges, axis=0), edges, axis=1))
+
+
+def weights_legend() -> Text:
+    """The shades of :func:`terminal_weights` in one line."""
+    text = Text()
+    for power in range(0, _DECADES - 1, -1):
+        shade = np.array(colormaps[_WEIGHT_SHADES](1 - power / _DECADES))[:3]
+        text.append("██ ", Style(color=_rich_colour(shade)))
+        text.append(f"{10.0**power:g}   ")
+    text.append("of the largest weight drawn")
+    return text
+
+
+def _half_blocks(image: Image) -> Segments:
+    """Two rows of pixels per line of the terminal."""
     if len(image) % 2:
         image = np.concatenate([image, np.ones_like(image[:1])])
     segments = []

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from farfield import recipes
 
-__all__ = ["LanguageConfig", "LanguageModel"]
+__all__ = ["LanguageConfig", "LanguageModel", "tuples"]
+
+
+def tuples(value: Any) -> Any:
+    """The same value with a tuple for every list, at any depth: JSON knows lists only, options of recipes tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(tuples(item) for item in value)
+    return {name: tuples(item) for name, item in value.items()} if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class LanguageConfig:
 
     Attributes:
         attention: Name of a causal recipe, see ``farfield recipes``.
-        options: Options of that recipe, such as ``{"block": 64, "rank": 8}``.
+        options: Options of that recipe, such as ``{"block": 64, "rank": 8}``; lists, as JSON gives them, become tuples.
         dim: Width of the residual stream.
         depth: Number of blocks.
         num_heads: Attention heads; divides ``dim``.
@@ -52,7 +59,7 @@ class LanguageConfig:
             raise ValueError(f"num_heads must divide dim, got num_heads {self.num_heads} and dim {self.dim}")
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio!r}")
-        object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "options", tuples(self.options))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageConfig:

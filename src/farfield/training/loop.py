@@ -48,19 +48,29 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check each setting, so that a wrong one is reported by its own name."""
+        for name in ("context", "batch", "seed", "steps"):
+            value = getattr(self, name)
+            if (value is not None or name != "steps") and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+        for name in ("lr", "warmup", "cooldown", "weight_decay", "clip", "seconds"):
+            value = getattr(self, name)
+            if (value is not None or name != "seconds") and (
+                not isinstance(value, int | float) or isinstance(value, bool)
+            ):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("warmup", "cooldown"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a part of the budget between 0 and 1, got {getattr(self, name)}")
         if self.warmup + self.cooldown > 1:
             raise ValueError(f"warmup {self.warmup} and cooldown {self.cooldown} together exceed the whole budget, 1")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.steps is None and self.seconds is None:

@@ -362,3 +362,37 @@ def test_what_is_kept_for_the_backward_pass() -> None:
             kept.clear()
             ff.multipole_attention(q, k, v, block=16, rank=4, causal=True)
         assert sum(kept) == 4 * q.nbytes + q.nbytes // 16
+
+
+def test_gradients_through_vmap() -> None:
+    """Under vmap no tensor says that it needs a gradient, and yet it gets one."""
+    q, k, v = (torch.randn(3, 2, 17, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = ff.multipole_attention(q, k, v, causal=True, block=2, rank=1)
+        assert isinstance(out, Tensor)
+        return out.square().sum()
+
+    def total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.func.vmap(loss)(*(x[:, None] for x in (q, k, v))).sum()
+
+    want = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    torch.testing.assert_close(torch.autograd.grad(total(q, k, v), (q, k, v)), want)
+    torch.testing.assert_close(torch.func.grad(total, (0, 1, 2))(q.detach(), k.detach(), v.detach()), want)
+
+
+@traced
+def test_compiled_inference_is_one_graph() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(
+        lambda q: ff.multipole_attention(q, q, q, causal=True, block=4, rank=2),
+        backend=counter,
+        fullgraph=True,
+        dynamic=True,
+    )
+    for number in (19, 50, 131):
+        q = torch.randn(1, 2, number, 8)
+        torch.testing.assert_close(run(q), ff.multipole_attention(q, q, q, causal=True, block=4, rank=2))
+        with torch.no_grad():
+            run(q.requires_grad_())
+    assert counter.frame_count <= 3  # plain inputs, no_grad, and torch's own first guess of a fixed length

@@ -136,10 +136,12 @@ def _torch(
         kind, list(grid), list(block), list(rank), -1 if levels is None else levels, causal, count_bias,
         list(query_rank or ()), sinks, scale, dropout, part,
     )  # fmt: skip
-    if not torch.is_grad_enabled() or not any(
+    differentiable = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, level_bias, *weights)
-    ):
-        # Dynamo cannot trace an autograd function that has nothing to differentiate.
+    )
+    if torch.compiler.is_compiling() and not differentiable:
+        # Dynamo cannot trace an autograd function that has nothing to differentiate. (In eager mode it can be right
+        # although no tensor says so: under vmap requires_grad is False for differentiated inputs, too.)
         return multipole(query, key, value, key_mask, cu_seqlens, level_bias, seed, weights, *settings)
     query, key, value, *weights = _distinct([query, key, value, *weights])
     out, lse = Multipole.apply(settings, query, key, value, key_mask, cu_seqlens, level_bias, seed, *weights)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farfield.ops.customop import one_by_one
 from farfield.ops.multipole.torch import Settings, backward, forward
 from farfield.ops.tiles import compute_dtype
 
@@ -180,21 +181,5 @@ class Multipole(torch.autograd.Function):
         return None, *grads[:3], None, None, None if level_bias is None else grads[3], None, *grads[4:]
 
 
-def _one_by_one(op: Any) -> Any:
-    """A vmap rule that runs the entries one after another: right for every argument, not fast."""
-
-    def pick(value: Any, dim: Any, i: int) -> Any:
-        if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
-            return [pick(v, d, i) for v, d in zip(value, dim, strict=True)]
-        return value if dim is None else value.select(dim, i)
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        results = [op(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-        stacked = [torch.stack(r) for r in zip(*results, strict=True)]
-        return type(results[0])(stacked), type(results[0])([0] * len(stacked))
-
-    return rule
-
-
-multipole.register_vmap(_one_by_one(multipole))
-multipole_backward.register_vmap(_one_by_one(multipole_backward))
+multipole.register_vmap(one_by_one(multipole))
+multipole_backward.register_vmap(one_by_one(multipole_backward))
