@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from farfield.data.text import collect
-from farfield.far.pyramid import FAST
 from farfield.models.language import LanguageConfig, LanguageModel
 from farfield.training.evaluate import evaluate
 from farfield.training.files import write_json
@@ -142,7 +141,7 @@ def run(
         on_progress=lambda p: print(f"\r{label} seed {seed} step {p.step} {p.train_bits:.3f}", end="", flush=True)
     )
     result = evaluate(model, valid, args.context, max_tokens=args.eval_tokens)  # type: ignore[arg-type]
-    bias = [FAST * b.attention.far.level_bias.detach().mean(1)[:8] for b in model.blocks if _has_bias(b)]
+    bias = [b.attention.far.biases().detach().mean(1)[:8] for b in model.blocks if _has_bias(b)]
     record = {
         "label": label,
         "recipe": recipe,

@@ -23,9 +23,9 @@ class Landmarks(FarPart):
     The agents are means of the queries over cells of the grid, `count` per axis, as torch's adaptive average pooling
     cuts them: equal cells where count divides the axis, otherwise neighbours may share a token. The product of the
     two softmax matrices has rank at most the number of agents, and rows that sum to 1; it does not become exact
-    attention when every token is an agent. Queries and keys are used as they are before any rotary embedding. O(N agents) time
-    and memory. Not causal-safe. The log-sum-exp of the state is that over the agents. The positional biases of the
-    paper, which fix the grid, are left out.
+    attention when every token is an agent. Queries and keys are used as they are before any rotary embedding.
+    O(N agents) time and memory. Not causal-safe. The log-sum-exp of the state is that over the agents. The positional
+    biases of the paper, which fix the grid, are left out.
 
     Args:
         count: agents per axis; one integer or one per axis. An axis shorter than that has one agent per token.
