@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--documents", type=int, default=512)
     parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--symbols", type=int, default=32, help="values that a byte takes, at most 256")
     parser.add_argument("--concentration", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -30,9 +31,9 @@ def main() -> None:
     entropy = 0.0
     with args.out.open("wb") as file:
         for _ in range(args.documents):
-            shares = rng.dirichlet(np.full(256, args.concentration))
+            shares = rng.dirichlet(np.full(args.symbols, args.concentration))
             entropy -= float((shares * np.log2(np.maximum(shares, 1e-300))).sum()) / args.documents
-            file.write(rng.choice(256, size=args.length, p=shares).astype(np.uint8).tobytes())
+            file.write(rng.choice(args.symbols, size=args.length, p=shares).astype(np.uint8).tobytes())
     print(f"{args.out}: {args.documents} documents of {args.length} bytes, mean entropy {entropy:.3f} bits per byte")
 
 
