@@ -1,12 +1,14 @@
 """The potential of random charges on a grid: a task whose answer is global, learned with each attention in equal time.
 
-    python benchmarks/potential.py --side 32 --block 4 --rank 2 --seconds 90 --seeds 0,1,2 --out runs/potential
+    python benchmarks/potential.py --seconds 75 --seeds 0,1,2 --attention fma,blocks,window --out runs/potential
 
-The input is a grid of charges, most of them zero; the target is their potential in the plane, the sum over charges of
--log(distance), exact by a zero-padded FFT and scaled to unit variance. It is the problem that multipole methods were made for: every
-charge counts everywhere, far ones only through their sums. A small transformer (coordinates as Fourier features) is trained with fma,
-with its near field alone (blocks), with neighbourhood attention (window) and with dense attention; the result is the relative L2 error
-on charges that were not trained on. Every finished run is kept in OUT as JSON and not repeated.
+The input is a 64 x 64 grid of 8 x 8 patches with random charge, neutral in all; the target is their potential in the
+plane, the sum over charges of -log(distance), exact by a zero-padded FFT and scaled to unit variance. It is the problem
+that multipole methods were made for: every charge counts everywhere. One layer of attention (coordinates as Fourier
+features) is trained with fma, with its near field alone (blocks), with neighbourhood attention (window) or with dense
+attention; the result is the relative L2 error on charges that were not trained on. fma starts with its far field open
+(bias 0) here: a regression does not drown in it as a young language model does. Every finished run is kept in OUT as
+JSON and not repeated: use a new folder for new settings.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class Solver(nn.Module):
                 {
                     "norm": nn.LayerNorm(dim),
                     "attention": recipes.build(attention, dim, heads, dims=2, **options),
-                    "mlp": nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)),
+                    "mlp": nn.Sequential(
+                        nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
+                    ),
                 }
             )
             for _ in range(depth)
@@ -134,18 +138,21 @@ def run(args: argparse.Namespace, attention: str, seed: int) -> None:
         step += 1
         if step % 20 == 0:
             curve.append((spent, math.sqrt(loss.item())))
-            print(f"\r{attention} seed {seed} step {step} {spent:.0f} s relative error {curve[-1][1]:.3f} ", end="", flush=True)
+            line = f"{attention} seed {seed} step {step} {spent:.0f} s relative error {curve[-1][1]:.3f}"
+            print(f"\r{line} ", end="", flush=True)
     error = relative_error(model, data)
     record = {
         "attention": attention, "seed": seed, "relative_l2": error, "steps": step, "seconds": spent, "options": options,
-        "side": args.side, "dim": args.dim, "depth": args.depth, "heads": args.heads, "batch": args.batch, "lr": args.lr,
+        "side": args.side, "dim": args.dim, "depth": args.depth, "heads": args.heads, "batch": args.batch,
+        "lr": args.lr,
         "parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads(),
         "cores": os.cpu_count(), "curve": curve,
     }  # fmt: skip
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(record))
     temporary.replace(path)
-    print(f"\r{attention} seed {seed}: relative L2 error {error:.4f} after {step} steps in {spent:.0f} s" + 20 * " ", flush=True)
+    line = f"{attention} seed {seed}: relative L2 error {error:.4f} after {step} steps in {spent:.0f} s"
+    print(f"\r{line}{'':20}", flush=True)
 
 
 def table(out: Path) -> None:
@@ -164,16 +171,16 @@ def table(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", default="fma,blocks,window,dense")
-    parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--block", type=int, default=4)
+    parser.add_argument("--attention", default="fma,blocks,window")
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--block", type=int, default=8)
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--out", type=Path, required=True)
