@@ -5,10 +5,10 @@
 The input is a 64 x 64 grid of 8 x 8 patches with random charge, neutral in all; the target is their potential in the
 plane, the sum over charges of -log(distance), exact by a zero-padded FFT and scaled to unit variance. It is the problem
 that multipole methods were made for: every charge counts everywhere. One layer of attention (coordinates as Fourier
-features) is trained with fma, with its near field alone (blocks), with neighbourhood attention (window) or with dense
-attention; the result is the relative L2 error on charges that were not trained on. fma starts with its far field open
-(bias 0) here: a regression does not drown in it as a young language model does. Every finished run is kept in OUT as
-JSON and not repeated: use a new folder for new settings.
+features) is trained with fma (also fma-mean, fma-pooled), with its near field alone (blocks), with neighbourhood
+attention (window) or with dense attention; the result is the relative L2 error on charges that were not trained on.
+fma starts with its far field open (bias 0) here: a regression does not drown in it as a young language model does.
+Every finished run is kept in OUT as JSON and not repeated: use a new folder for new settings.
 """
 
 from __future__ import annotations
@@ -112,15 +112,18 @@ def run(args: argparse.Namespace, attention: str, seed: int) -> None:
     path = args.out / f"{attention}-seed{seed}.json"
     if path.exists():
         return
-    options = {
-        "fma": {"block": args.block, "rank": args.rank, "bias": 0.0},
-        "blocks": {"block": args.block},
-        "window": {"size": 3 * args.block},
-        "dense": {},
+    fma = {"block": args.block, "rank": args.rank, "bias": 0.0}
+    recipe, options = {
+        "fma": ("fma", fma),
+        "fma-mean": ("fma", {**fma, "summary": "mean"}),
+        "fma-pooled": ("fma", {**fma, "summary": "pooled"}),
+        "blocks": ("blocks", {"block": args.block}),
+        "window": ("window", {"size": 3 * args.block}),
+        "dense": ("dense", {}),
     }[attention]
     torch.manual_seed(seed)
     data = Charges(args.side)
-    model = Solver(args.side, attention, options, args.dim, args.depth, args.heads)
+    model = Solver(args.side, recipe, options, args.dim, args.depth, args.heads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     spent, step, curve = 0.0, 0, []
     while spent < args.seconds:
