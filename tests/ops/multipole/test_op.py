@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import farfield as ff
 from farfield.geometry import geometry
 from farfield.ops.multipole.op import multipole, multipole_backward
+from farfield.ops.multipole.settings import Settings
 from farfield.ops.multipole.summary import pack, unpack
-from farfield.ops.multipole.torch import Settings, backward, forward
+from farfield.ops.multipole.torch import backward, forward
 from support.multipole_cases import KINDS, Case, make_summary, tensors
 
 
@@ -44,7 +45,8 @@ def test_opcheck(kind: str, options: str) -> None:
     tensors_ = (q, k, v, mask, bounds, bias, seed, weights)
     settings = (
         kind, list(grid), [4] * len(grid), [2] * len(grid), -1, options == "causal", True,
-        [2] if options == "pooled" else [], 1 if options == "causal" else 0, 0.5, 0.0 if seed is None else 0.2, part,
+        [2] if options == "pooled" else [], 1 if options == "causal" else 0, 0.5, 0.0 if seed is None else 0.2,
+        part, "torch",
     )  # fmt: skip
     torch.library.opcheck(multipole, (*tensors_, *settings))
     out, lse = multipole(*tensors_, *settings)

@@ -1,7 +1,8 @@
 """Multipole attention: near tokens exactly, far tokens through a hierarchy of summaries, one softmax."""
 
 from farfield.ops.multipole.analysis import ErrorReport, LevelError, effective_weights, error_report
-from farfield.ops.multipole.api import ENGINES, can_run, multipole_attention
+from farfield.ops.multipole.api import multipole_attention
+from farfield.ops.multipole.engines import ENGINES, Request, can_run
 from farfield.ops.multipole.summarise import summarise
 from farfield.ops.multipole.summary import (
     LearnedSummary,
@@ -20,6 +21,7 @@ __all__ = [
     "LevelError",
     "LevelWeights",
     "PooledSummary",
+    "Request",
     "SharedSummary",
     "Summaries",
     "Summary",

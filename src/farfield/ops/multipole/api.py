@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -11,18 +11,10 @@ from torch import Tensor
 
 from farfield.geometry import Geometry, check_divides, geometry, integers, per_axis
 from farfield.ops.multipole import reference
+from farfield.ops.multipole.engines import check_name
 from farfield.ops.multipole.op import Multipole, multipole
 from farfield.ops.multipole.plan import segment_lengths
 from farfield.ops.multipole.summary import Summaries, Summary, check, check_levels, pack
-
-ENGINES = ("reference", "torch")
-
-
-def can_run(engine: str, query: Tensor) -> str | None:
-    """None when the engine can run a call with this query, otherwise the reason why not."""
-    if engine not in ENGINES:
-        return f"impl={engine!r} is not an engine: {', '.join(ENGINES)} or None (chooses) would be accepted"
-    return None
 
 
 def multipole_attention(
@@ -75,7 +67,8 @@ def multipole_attention(
         summary: "mean", ready weights (SharedSummary, PooledSummary, LearnedSummary), or ready summaries (Summaries).
         level_bias: [levels or more, Hq], added to the scores of each level's cells.
         return_lse: also return the natural log of each query's sum of exponentials, differentiable.
-        impl: "torch" (fast, any device), "reference" (dense, O(N^2), differentiable to any order), None: "torch".
+        impl: "triton" (GPU), "compiled" (CPU; built by a C++ compiler on first use), "torch" (any device), "reference"
+            (dense, O(N^2), differentiable to any order), None: the fastest that can run the call.
         part: "both", or only the "near" or the "far" part of the sum, for merging by lse.
 
     Returns:
@@ -100,16 +93,14 @@ def multipole_attention(
         query, key, value, grid, block, rank, levels, causal, key_mask, cu_seqlens, scale, query_rank, sinks, dropout,
         summary, level_bias, part,
     )  # fmt: skip
-    engine = "torch" if impl is None else impl
-    reason = can_run(engine, query)
-    if reason is not None:
-        raise ValueError(reason)
-    run: Callable[..., tuple[Tensor, Tensor]] = _torch if engine == "torch" else reference.attention
-    out, lse = run(**call, causal=causal, count_bias=count_bias, sinks=sinks, dropout=float(dropout), part=part)
+    check_name(impl)
+    call.update(causal=causal, count_bias=count_bias, sinks=sinks, dropout=float(dropout), part=part)
+    out, lse = reference.attention(**call) if impl == "reference" else _operator(impl or "", **call)
     return (out, lse) if return_lse else out
 
 
-def _torch(
+def _operator(
+    engine: str,
     *,
     query: Tensor,
     key: Tensor,
@@ -134,7 +125,7 @@ def _torch(
     seed = torch.randint(1 << 62, (1,)) if dropout > 0 else None
     settings = (
         kind, list(grid), list(block), list(rank), -1 if levels is None else levels, causal, count_bias,
-        list(query_rank or ()), sinks, scale, dropout, part,
+        list(query_rank or ()), sinks, scale, dropout, part, engine,
     )  # fmt: skip
     differentiable = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, level_bias, *weights)

@@ -1,4 +1,4 @@
-"""The torch engine as custom operators: one node in a compiled or exported graph, whatever the length.
+"""The engines as custom operators: one node in a compiled or exported graph, whatever the length.
 
 ``farfield::multipole`` and ``farfield::multipole_backward`` are registered with fakes and a rule for
 ``torch.func.vmap``; the gradient (that of the lse included) is :class:`Multipole`. Tensors come first, then the
@@ -8,13 +8,15 @@ settings as plain integers, floats and strings.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from farfield.ops.customop import one_by_one
-from farfield.ops.multipole.torch import Settings, backward, forward
+from farfield.ops.multipole import engines
+from farfield.ops.multipole.settings import Settings
 from farfield.ops.tiles import compute_dtype
 
 
@@ -48,6 +50,12 @@ def _settings(
     )
 
 
+def _engine(engine: str, s: Settings, query: Tensor) -> ModuleType:
+    # Chosen here and not by the caller, who may be traced, or exported and run on another machine.
+    request = engines.Request.of(query, s.kind, s.query_rank is not None, s.dropout > 0)
+    return engines.module(engines.choose(engine or None, request))
+
+
 @torch.library.custom_op("farfield::multipole", mutates_args=())
 def multipole(
     query: Tensor,
@@ -70,14 +78,16 @@ def multipole(
     scale: float,
     dropout: float,
     part: str,
+    engine: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, D] and lse [B, Hq, N]; see :func:`farfield.multipole_attention`.
 
-    ``levels`` is -1 for the published number, ``query_rank`` empty for none.
+    ``levels`` is -1 for the published number, ``query_rank`` empty for none, ``engine`` empty for the
+    fastest that can run the call.
     """
     s = _settings(kind, grid, block, rank, levels, causal, count_bias, query_rank, sinks, scale, dropout, part)
     with torch.autocast(query.device.type, enabled=False):
-        return forward(s, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+        return _engine(engine, s, query).forward(s, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
 
 
 @multipole.register_fake
@@ -112,11 +122,12 @@ def multipole_backward(
     scale: float,
     dropout: float,
     part: str,
+    engine: str,
 ) -> list[Tensor]:
     """Gradients of query, key, value, level_bias (empty where there is none), then of every weight."""
     s = _settings(kind, grid, block, rank, levels, causal, count_bias, query_rank, sinks, scale, dropout, part)
     with torch.autocast(query.device.type, enabled=False):
-        grads = backward(
+        grads = _engine(engine, s, query).backward(
             s, grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights
         )
     return [g.contiguous() for g in grads]

@@ -7,44 +7,23 @@ The backward pass repeats the scores chunk by chunk and sends the gradients of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from farfield.geometry import Geometry
 from farfield.ops.multipole import pyramid
+from farfield.ops.multipole.engines import Request
 from farfield.ops.multipole.plan import Table, make_plan, segment_lengths
+from farfield.ops.multipole.settings import Settings
 from farfield.ops.multipole.summary import Summaries, check_levels, unpack
 from farfield.ops.tiles import Dropout, Gradients, Lists, Store, attend, attend_backward, compute_dtype
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything about a call but its tensors."""
-
-    kind: str
-    grid: tuple[int, ...]
-    block: tuple[int, ...]
-    rank: tuple[int, ...]
-    levels: int | None
-    causal: bool
-    count_bias: bool
-    query_rank: tuple[int, ...] | None
-    sinks: int
-    scale: float
-    dropout: float
-    part: str
-
-    @property
-    def near(self) -> bool:
-        """Whether the near field takes part."""
-        return self.part != "far"
-
-    @property
-    def far(self) -> bool:
-        """Whether the far field takes part."""
-        return self.part != "near"
+def why_not(request: Request) -> str | None:
+    """None: this engine runs everything."""
+    return None
 
 
 class _Call:
