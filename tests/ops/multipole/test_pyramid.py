@@ -47,7 +47,7 @@ def test_down_is_the_gradient_of_up(g: Geometry, kind: str, own: bool, share: fl
     into = torch.zeros_like(key.detach()), torch.zeros_like(key.detach())
     with torch.no_grad():
         again = pyramid.up(summary, key, value, valid, counts, g, g.levels)
-        weights = pyramid.down(summary, key, value, valid, counts, g, grads, *into)
+        weights = pyramid.down(summary, key, value, valid, counts, g, again, grads, *into)
     for a, b in zip((*built.keys, *built.values), (*again.keys, *again.values), strict=True):
         torch.testing.assert_close(a, b)
     if g.levels == 0:
@@ -106,6 +106,6 @@ def test_ready_summaries_of_more_levels_than_needed(levels: int) -> None:
     built = pyramid.up(ready, x, x, valid, counts, g, levels)
     assert len(built.keys) == levels
     grads = Summaries(*(tuple(torch.ones_like(t) for t in side) for side in built))
-    got = pyramid.down(ready, x, x, valid, counts, g, grads, x.clone(), x.clone())
+    got = pyramid.down(ready, x, x, valid, counts, g, built, grads, x.clone(), x.clone())
     assert [t.sum().item() == t.numel() for t in got] == [level < levels for _ in range(2) for level in range(2)]
     assert len({t.untyped_storage().data_ptr() for t in got}) == 4

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from farfield.ops.multipole.summary import LearnedSummary, PooledSummary, Shared
 from farfield.ops.tiles import compute_dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Counts:
     """Valid tokens per cell of every level, and the share of each child in its cell.
 
@@ -31,8 +32,21 @@ class Counts:
     plain mean weighted by it is the mean over valid tokens; None when every cell is full.
     """
 
+    geometry: Geometry
     cells: tuple[Tensor, ...]
     coefficients: tuple[tuple[Tensor, ...] | None, ...]
+
+    @cached_property
+    def by_group(self) -> tuple[Tensor | None, ...]:
+        """The coefficients as float32 [B', cells, children] per level, cells group by group."""
+        out: list[Tensor | None] = []
+        for level, parts in enumerate(self.coefficients, start=1):
+            if parts is None:
+                out.append(None)
+            else:
+                grouped = to_groups(torch.cat(parts, -1), self.geometry, level)
+                out.append(grouped.flatten(2, 3)[:, 0].float().contiguous())
+        return tuple(out)
 
 
 def children(x: Tensor, geometry: Geometry, level: int) -> list[Tensor]:
@@ -124,7 +138,7 @@ def count(valid: Tensor, geometry: Geometry, levels: int, full: bool = False) ->
         coefficients.append(None if full else tuple((p * inverse).reshape(shape) for p in parts))
         below = total.reshape(shape)
         cells.append(below)
-    return Counts(tuple(cells), tuple(coefficients))
+    return Counts(geometry, tuple(cells), tuple(coefficients))
 
 
 def _reduce(below: Tensor, geometry: Geometry, level: int, counts: Counts, weight: Tensor | None) -> Tensor:
@@ -339,6 +353,7 @@ def down(
     valid: Tensor,
     counts: Counts,
     geometry: Geometry,
+    made: Summaries,
     grads: Summaries,
     grad_key: Tensor,
     grad_value: Tensor,
@@ -347,7 +362,8 @@ def down(
 
     Args:
         summary, key, value, valid, counts, geometry: as in :func:`up`.
-        grads: gradients of what it returned.
+        made: what it returned.
+        grads: gradients of that.
         grad_key, grad_value: [B, H, slots, D] in the precision of the arithmetic, added to in place.
 
     Returns:
@@ -364,7 +380,7 @@ def down(
         return [*keys, *spare[:half], *values, *spare[half:]]
     if isinstance(summary, LearnedSummary):
         return _learned_down(summary, key, value, counts, geometry, grads, grad_key, grad_value)
-    keys, values = _cells(summary, key, value, valid, counts, geometry, levels)
+    keys, values = ([to_cells(x, geometry, i) for i, x in enumerate(side, start=1)] for side in made)
     sides = (_Side(key, keys, grads.keys, grad_key), _Side(value, values, grads.values, grad_value))
     if isinstance(summary, PooledSummary):
         return [_pooled_down(summary, sides, valid, geometry)]

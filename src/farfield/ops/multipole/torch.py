@@ -7,7 +7,9 @@ The backward pass repeats the scores chunk by chunk and sends the gradients of t
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -15,9 +17,9 @@ from torch import Tensor
 from farfield.geometry import Geometry
 from farfield.ops.multipole import pyramid
 from farfield.ops.multipole.engines import Request
-from farfield.ops.multipole.plan import Table, make_plan, segment_lengths
+from farfield.ops.multipole.plan import Plan, Table, make_plan, segment_lengths
 from farfield.ops.multipole.settings import Settings
-from farfield.ops.multipole.summary import Summaries, check_levels, unpack
+from farfield.ops.multipole.summary import Summaries, Summary, check_levels, unpack
 from farfield.ops.tiles import Dropout, Gradients, Lists, Store, attend, attend_backward, compute_dtype
 
 
@@ -26,11 +28,140 @@ def why_not(request: Request) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """The arithmetic that an engine is made of.
+
+    Attributes:
+        attend, attend_backward: as in :mod:`farfield.ops.tiles`.
+        up: (summary, key, value, valid, counts, layout, levels) -> keys and values of the cells of all levels,
+            [B * Hkv, groups of all levels, P, D] each.
+        down: (summary, key, value, valid, counts, layout, cells, gradients, grad_key, grad_value) -> one gradient per
+            tensor of the summary; adds those of the tokens to the last two arguments. ``cells`` is what ``up``
+            returned, ``gradients`` theirs, which may be overwritten.
+        delta: (grad_out, out, grad_lse) -> rowsum(grad_out * out) - grad_lse.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    attend_backward: Callable[..., Gradients]
+    up: Callable[..., tuple[Tensor, Tensor]]
+    down: Callable[..., list[Tensor]]
+    delta: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def join(levels: tuple[Tensor, ...], like: Tensor, cells: int) -> Tensor:
+    """Levels [B, H, groups, P, D] as one tensor [B * H, groups of all levels, P, D]."""
+    groups, dim = like.shape[0] * like.shape[1], like.shape[-1]
+    if not levels:
+        return like.new_zeros(groups, 0, cells, dim)
+    return torch.cat([x.reshape(groups, -1, *x.shape[3:]) for x in levels], 1)
+
+
+def split(joined: tuple[Tensor, Tensor], layout: Geometry, levels: int, heads: int) -> Summaries:
+    """The inverse of :func:`join` for keys and values."""
+    sizes = [layout.group_total(level) for level in range(1, levels + 1)]
+    sides = (x.unflatten(0, (-1, heads)).split(sizes, 2) if sizes else () for x in joined)
+    return Summaries(*sides)
+
+
+def _up(
+    summary: Summary, key: Tensor, value: Tensor, valid: Tensor, counts: pyramid.Counts, layout: Geometry, levels: int
+) -> tuple[Tensor, Tensor]:
+    made = pyramid.up(summary, key, value, valid, counts, layout, levels)
+    p = layout.cells_per_group
+    return join(made.keys, key, p), join(made.values, value, p)
+
+
+def _down(
+    summary: Summary,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor,
+    counts: pyramid.Counts,
+    layout: Geometry,
+    cells: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> list[Tensor]:
+    levels, heads = len(counts.cells), key.shape[1]
+    made, grads = (split(x, layout, levels, heads) for x in (cells, gradients))
+    return pyramid.down(summary, key, value, valid, counts, layout, made, grads, grad_key, grad_value)
+
+
+def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> Tensor:
+    return (grad_out.to(grad_lse.dtype) * out.to(grad_lse.dtype)).sum(-1) - grad_lse
+
+
+KERNELS = Kernels(attend, attend_backward, _up, _down, _delta)
+
+
+class _Visible:
+    """Which tokens and cells of a plan can be read, and how their scores are biased."""
+
+    def __init__(self, plan: Plan, key_mask: Tensor | None, levels: int, dtype: torch.dtype, count_bias: bool) -> None:
+        self.plan, self.dtype, self.count_bias = plan, dtype, count_bias
+        if key_mask is None:
+            self.valid = plan.filled[None]
+        elif plan.token_of_slot is None:
+            self.valid = key_mask
+        else:
+            self.valid = key_mask[:, plan.token_of_slot.clamp(min=0)] & plan.filled
+        self.in_cells = self.valid if plan.is_sink is None else self.valid & ~plan.is_sink
+        full = key_mask is None and plan.whole and plan.is_sink is None
+        self.counts = pyramid.count(self.in_cells, plan.layout, levels, full)
+
+    def _hide(self, table: Table, shown: Tensor) -> Tensor:
+        """Bias [B', units, places * w] of rows whose keys are biased by ``shown`` [B', R, w]."""
+        bias = shown[:, table.rows].masked_fill(~table.used[..., None], -torch.inf)
+        return bias.flatten(2)
+
+    def _token_bias(self, shown: Tensor) -> Tensor:
+        return torch.zeros(shown.shape, dtype=self.dtype, device=shown.device).masked_fill_(~shown, -torch.inf)
+
+    def _cell_bias(self, level: int) -> Tensor:
+        """[B', groups, P] log(count) or 0; -inf for an empty cell."""
+        grouped = pyramid.to_groups(self.counts.cells[level], self.plan.layout, level + 1)
+        counts = grouped[:, 0, :, :, 0].to(self.dtype)
+        return counts.log() if self.count_bias else torch.where(counts > 0, 0.0, -torch.inf).to(self.dtype)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[B', blocks, keys] of near field and sinks."""
+        size = self.plan.layout.block_tokens
+        bias = [self._hide(self.plan.near, self._token_bias(self.in_cells).unflatten(1, (-1, size)))]
+        if self.plan.sinks is not None:
+            bias.append(self._hide(self.plan.sinks, self._token_bias(self.valid)[..., None]))
+        return torch.cat(bias, 2)
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """[B', blocks, keys] of the cells of all levels."""
+        shown = torch.cat([self._cell_bias(level) for level in range(len(self.counts.cells))], 1)
+        return self._hide(self.plan.far_of_block, shown)
+
+    @cached_property
+    def both(self) -> Tensor:
+        """Tokens, then cells."""
+        return torch.cat([self.tokens, self.cells], 2)
+
+    def level(self, level: int) -> Tensor:
+        """[B', groups, keys] of the cells of ``level`` (0-based)."""
+        return self._hide(self.plan.far[level], self._cell_bias(level))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _all_visible(plan: Plan, levels: int, dtype: torch.dtype, count_bias: bool) -> _Visible:
+    return _Visible(plan, None, levels, dtype, count_bias)
+
+
 class _Call:
     """The tensors of a call in block order, its pyramid and its biases: what forward and backward have in common."""
 
     def __init__(
         self,
+        kernels: Kernels,
         s: Settings,
         key: Tensor,
         value: Tensor,
@@ -43,37 +174,34 @@ class _Call:
         lengths = None if cu_seqlens is None else segment_lengths(cu_seqlens, key.shape[2])
         if lengths is not None and key_mask is not None:
             key_mask = None  # explicit segments win over a mask
-        self.s = s
+        self.kernels, self.s = kernels, s
         self.batch, self.key_heads = key.shape[:2]
         self.dtype = compute_dtype(key.dtype)
         self.plan = make_plan(s.grid, lengths, s.block, s.rank, s.levels, s.causal, s.sinks, key.device)
         self.layout = self.plan.layout
         self.levels = self.layout.levels if s.far else 0
         self.key_mask = key_mask
-        self.valid = self._valid()
+        traced = type(self.plan.filled) is not Tensor
+        if key_mask is None and not traced:
+            self.visible = _all_visible(self.plan, self.levels, self.dtype, s.count_bias)
+        else:
+            self.visible = _Visible(self.plan, key_mask, self.levels, self.dtype, s.count_bias)
+        self.valid, self.in_cells, self.counts = self.visible.valid, self.visible.in_cells, self.visible.counts
         self.key, self.value = self.blocks(key, keys=True), self.blocks(value, keys=True)
         self.summary = unpack(s.kind, weights)
         if s.far:
             check_levels(self.summary, level_bias, self.layout, key)
-        in_cells = self.valid if self.plan.is_sink is None else self.valid & ~self.plan.is_sink
-        self.in_cells = in_cells
-        full = key_mask is None and self.plan.whole and self.plan.is_sink is None
-        self.counts = pyramid.count(in_cells, self.layout, self.levels, full)
         self.cell_keys, self.cell_values = self._clean(self.key), self._clean(self.value)
-        self.pyramid = pyramid.up(
-            self.summary, self.cell_keys, self.cell_values, in_cells, self.counts, self.layout, self.levels
+        self.cells = kernels.up(
+            self.summary, self.cell_keys, self.cell_values, self.in_cells, self.counts, self.layout, self.levels
         )
         self.level_bias = None if level_bias is None else level_bias.to(self.dtype)
         self.dropout = None if seed is None else Dropout(s.dropout, int(seed.item()))
 
-    def _valid(self) -> Tensor:
-        """[B', slots] bool: slots whose token may be read."""
-        plan = self.plan
-        if self.key_mask is None:
-            return plan.filled[None]
-        if plan.token_of_slot is None:
-            return self.key_mask
-        return self.key_mask[:, plan.token_of_slot.clamp(min=0)] & plan.filled
+    @property
+    def pyramid(self) -> Summaries:
+        """The cells level by level, [B, Hkv, groups, P, D] each."""
+        return split(self.cells, self.layout, self.levels, self.key_heads)
 
     def _clean(self, x: Tensor) -> Tensor:
         """Without sinks, which are no part of any cell."""
@@ -105,32 +233,17 @@ class _Call:
 
     # Lists of keys.
 
-    def _hide(self, table: Table, shown: Tensor) -> Tensor:
-        """Bias [B', units, places * w] of rows whose keys are biased by ``shown`` [B', R, w]."""
-        bias = shown[:, table.rows].masked_fill(~table.used[..., None], -torch.inf)
-        return bias.flatten(2)
-
-    def _token_bias(self, shown: Tensor) -> Tensor:
-        return torch.zeros(shown.shape, dtype=self.dtype, device=shown.device).masked_fill_(~shown, -torch.inf)
-
-    def _cell_bias(self, level: int) -> Tensor:
-        """[B', groups, P] log(count) or 0; -inf for an empty cell."""
-        counts = pyramid.to_groups(self.counts.cells[level], self.layout, level + 1)[:, 0, :, :, 0].to(self.dtype)
-        return counts.log() if self.s.count_bias else torch.where(counts > 0, 0.0, -torch.inf).to(self.dtype)
-
     def _rows(self, x: Tensor, width: int) -> Tensor:
         """[B, Hkv, rows.., D] as the rows of a store."""
         return x.reshape(self.batch * self.key_heads, -1, width, x.shape[-1]).contiguous()
 
-    def token_lists(self) -> tuple[list[Store], list[Tensor]]:
+    def token_stores(self) -> list[Store]:
         """Near field and sinks."""
         plan, size = self.plan, self.layout.block_tokens
         stores = [Store(self._rows(self.key, size), self._rows(self.value, size), plan.near.rows)]
-        bias = [self._hide(plan.near, self._token_bias(self.in_cells).unflatten(1, (-1, size)))]
         if plan.sinks is not None:
             stores.append(Store(self._rows(self.key, 1), self._rows(self.value, 1), plan.sinks.rows))
-            bias.append(self._hide(plan.sinks, self._token_bias(self.valid)[..., None]))
-        return stores, bias
+        return stores
 
     def _head_bias(self, level_of_key: list[int | None], heads: int) -> Tensor | None:
         """[Hkv, r, K] the level bias of every key; None stands for a token."""
@@ -143,19 +256,15 @@ class _Call:
 
     def lists(self, heads: int) -> tuple[Lists, list[int | None]]:
         """One list for the tokens of every leaf block, and the level of each key."""
-        stores, bias = self.token_lists() if self.s.near else ([], [])
+        stores = self.token_stores() if self.s.near else []
         level_of_key: list[int | None] = [None] * sum(s.width for s in stores)
         row_bias = self.plan.row_bias if self.s.near else None
+        key_bias = self.visible.tokens if self.s.near else None
         if self.levels and self.plan.far_of_block.rows.shape[1]:
-            p = self.layout.cells_per_group
-            keys = torch.cat([self._rows(x, p) for x in self.pyramid.keys], 1)
-            values = torch.cat([self._rows(x, p) for x in self.pyramid.values], 1)
-            stores.append(Store(keys, values, self.plan.far_of_block.rows))
-            shown = torch.cat([self._cell_bias(level) for level in range(self.levels)], 1)
-            bias.append(self._hide(self.plan.far_of_block, shown))
-            level_of_key += [level for level in self.plan.level_of_place for _ in range(p)]
+            stores.append(Store(*self.cells, self.plan.far_of_block.rows))
+            key_bias = self.visible.both if self.s.near else self.visible.cells
+            level_of_key += [level for level in self.plan.level_of_place for _ in range(self.layout.cells_per_group)]
         row_class = self.plan.row_class if row_bias is not None else ()
-        key_bias = torch.cat(bias, 2) if bias else None
         return Lists(tuple(stores), key_bias, self._head_bias(level_of_key, heads), row_bias, row_class), level_of_key
 
     def level_dropout(self, level: int) -> Dropout | None:
@@ -164,10 +273,9 @@ class _Call:
 
     def level_lists(self, level: int, heads: int) -> Lists:
         """The list of every group of ``level`` (0-based) over the cells of its own level, for pooled queries."""
-        p = self.layout.cells_per_group
-        table = self.plan.far[level]
-        store = Store(self._rows(self.pyramid.keys[level], p), self._rows(self.pyramid.values[level], p), table.rows)
-        return Lists((store,), self._hide(table, self._cell_bias(level)), self._head_bias([level] * store.width, heads))
+        p, made = self.layout.cells_per_group, self.pyramid
+        store = Store(self._rows(made.keys[level], p), self._rows(made.values[level], p), self.plan.far[level].rows)
+        return Lists((store,), self.visible.level(level), self._head_bias([level] * store.width, heads))
 
     def units(self, query: Tensor, width: int) -> Tensor:
         """[B, Hq, rows.., D] -> [B * Hkv, r, U, M, D] for :func:`attend`."""
@@ -190,11 +298,12 @@ def forward(
     level_bias: Tensor | None,
     seed: Tensor | None,
     weights: list[Tensor],
+    kernels: Kernels = KERNELS,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N] in the precision of the arithmetic."""
     if query.shape[0] == 0:
         return query.new_zeros(query.shape), query.new_zeros(query.shape[:-1], dtype=compute_dtype(query.dtype))
-    call = _Call(s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+    call = _Call(kernels, s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
     out, lse = _forward(call, call.blocks(query))
     return call.tokens(out), call.tokens(lse)
 
@@ -207,14 +316,13 @@ def _forward(call: _Call, query: Tensor) -> tuple[Tensor, Tensor]:
         lists, _ = call.lists(shape[1])
         if not lists.stores:
             return torch.zeros_like(query), query.new_full(shape[:-1], -torch.inf, dtype=call.dtype)
-        out, lse = attend(rows, lists, batch=call.batch, scale=s.scale, dropout=call.dropout)
+        out, lse = call.kernels.attend(rows, lists, batch=call.batch, scale=s.scale, dropout=call.dropout)
         return out.view(shape), lse.view(shape[:-1])
     out = torch.zeros_like(query, dtype=call.dtype)
     lse = query.new_full(shape[:-1], -torch.inf, dtype=call.dtype)
     if s.near:
-        stores, bias = call.token_lists()
-        lists = Lists(tuple(stores), torch.cat(bias, 2))
-        out, lse = attend(rows, lists, batch=call.batch, scale=s.scale, dropout=call.dropout)
+        lists = Lists(tuple(call.token_stores()), call.visible.tokens)
+        out, lse = call.kernels.attend(rows, lists, batch=call.batch, scale=s.scale, dropout=call.dropout)
         out, lse = out.view(shape).to(call.dtype), lse.view(shape[:-1])
     for level, (pooled, cell) in enumerate(_pooled_queries(call, query)):
         part, part_lse = _attend_level(call, level, pooled)
@@ -256,7 +364,7 @@ def _attend_level(call: _Call, level: int, pooled: Tensor) -> tuple[Tensor, Tens
     if not lists.width:
         return torch.zeros_like(pooled), pooled.new_full(pooled.shape[:-1], -torch.inf, dtype=call.dtype)
     rows, dropout = call.units(pooled, per_group), call.level_dropout(level)
-    out, lse = attend(rows, lists, batch=call.batch, scale=call.s.scale, dropout=dropout)
+    out, lse = call.kernels.attend(rows, lists, batch=call.batch, scale=call.s.scale, dropout=dropout)
     return out.view(pooled.shape), lse.view(pooled.shape[:-1])
 
 
@@ -281,15 +389,16 @@ def backward(
     level_bias: Tensor | None,
     seed: Tensor | None,
     weights: list[Tensor],
+    kernels: Kernels = KERNELS,
 ) -> list[Tensor]:
     """Gradients of query, key, value, level_bias (empty where there is none) and of each weight, in this order."""
     if query.shape[0] == 0:
         bias = query.new_zeros(0) if level_bias is None else torch.zeros_like(level_bias)
         return [*(torch.zeros_like(x) for x in (query, key, value)), bias, *(torch.zeros_like(w) for w in weights)]
-    call = _Call(s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+    call = _Call(kernels, s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
     lse = call.blocks(lse[..., None])[..., 0]
     hidden = lse == -torch.inf
-    delta = (grad_out.to(call.dtype) * out.to(call.dtype)).sum(-1) - grad_lse.to(call.dtype)
+    delta = kernels.delta(grad_out, out, grad_lse.to(call.dtype))
     delta = call.blocks(delta[..., None])[..., 0].masked_fill(hidden, 0.0)
     grads = _Totals(call, level_bias)
     grad_query = _backward(call, grads, call.blocks(grad_out), delta, call.blocks(query), lse)
@@ -320,24 +429,17 @@ class _Totals:
         assert key is not None and value is not None
         self.key, self.value = key.view(shape), value.view(shape)
 
-    def levels(self, keys: Tensor | None, values: Tensor | None) -> None:
-        """Of all levels, concatenated as :meth:`_Call.lists` does."""
-        assert keys is not None and values is not None
-        sizes = [self.call.layout.group_total(level + 1) for level in range(self.call.levels)]
-        for side, (whole, like) in enumerate(((keys, self.call.pyramid.keys), (values, self.call.pyramid.values))):
-            self.cells[side] = [x.reshape(y.shape) for x, y in zip(whole.split(sizes, 1), like, strict=True)]
-
-    def level(self, level: int, grads: Gradients) -> None:
-        """Of ``level`` (0-based) on its own, level by level."""
-        pairs = ((grads.keys[0], self.call.pyramid.keys), (grads.values[0], self.call.pyramid.values))
-        for side, (grad, like) in enumerate(pairs):
+    def add_cells(self, grads: Gradients) -> None:
+        """Of cells, in the order of :attr:`_Call.cells`: all at once, or level by level."""
+        for side, grad in zip(self.cells, (grads.keys[-1], grads.values[-1]), strict=True):
             assert grad is not None
-            self.cells[side].append(grad.view(like[level].shape))
+            side.append(grad)
 
     def unread(self, level: int) -> None:
-        """Of ``level`` (0-based), level by level, where nothing reads it."""
-        for side, like in zip(self.cells, (self.call.pyramid.keys, self.call.pyramid.values), strict=True):
-            side.append(torch.zeros_like(like[level]))
+        """Of ``level`` (0-based), where nothing reads it."""
+        made = self.call.pyramid
+        for side, like in zip(self.cells, (made.keys, made.values), strict=True):
+            side.append(torch.zeros_like(like[level], memory_format=torch.contiguous_format).flatten(0, 1))
 
     def head_bias(self, grad: Tensor | None, level_of_key: list[int | None]) -> None:
         """Of the level bias, from the sums of the score gradients by head and key."""
@@ -355,18 +457,18 @@ class _Totals:
         if self.key.dim() == 0:
             self.key = torch.zeros_like(call.key, dtype=call.dtype)
             self.value = torch.zeros_like(call.value, dtype=call.dtype)
-        sides = [
-            have or [torch.zeros_like(x, dtype=call.dtype) for x in like]
-            for have, like in zip(self.cells, (call.pyramid.keys, call.pyramid.values), strict=True)
+        gradients = [
+            torch.zeros_like(like, dtype=call.dtype) if not have else have[0] if len(have) == 1 else torch.cat(have, 1)
+            for have, like in zip(self.cells, call.cells, strict=True)
         ]
-        grads = Summaries(tuple(sides[0]), tuple(sides[1]))
         sink = call.plan.is_sink
         key, value = self.key, self.value
         if sink is not None:
             key, value = torch.zeros_like(key), torch.zeros_like(value)
-        weights = pyramid.down(
-            call.summary, call.cell_keys, call.cell_values, call.in_cells, call.counts, call.layout, grads, key, value
-        )
+        weights = call.kernels.down(
+            call.summary, call.cell_keys, call.cell_values, call.in_cells, call.counts, call.layout, call.cells,
+            tuple(gradients), key, value,
+        )  # fmt: skip
         if sink is not None:
             self.key.add_(key.masked_fill_(sink[:, None], 0.0))
             self.value.add_(value.masked_fill_(sink[:, None], 0.0))
@@ -391,7 +493,7 @@ def _attend_backward(
 ) -> Gradients:
     """:func:`attend_backward` of queries [B, Hq, rows, D] (``delta``, ``lse`` [B, Hq, rows]), ``width`` to a unit."""
     delta_units, lse_units = (call.units(x[..., None], width)[..., 0] for x in (delta, lse))
-    return attend_backward(
+    return call.kernels.attend_backward(
         call.units(grad_out, width),
         delta_units,
         call.units(query, width),
@@ -418,7 +520,7 @@ def _backward(call: _Call, totals: _Totals, grad_out: Tensor, delta: Tensor, que
     if s.near:
         totals.tokens(grads)
     if len(lists.stores) > tokens:
-        totals.levels(grads.keys[-1], grads.values[-1])
+        totals.add_cells(grads)
     totals.head_bias(grads.head_bias, level_of_key)
     return grads.query.view(query.shape)
 
@@ -429,8 +531,8 @@ def _backward_pooled(
     """:func:`_backward` where query cells share the far field."""
     grad_query = torch.zeros_like(query, dtype=call.dtype)
     if call.s.near:
-        stores, bias = call.token_lists()
-        lists, owner, size = Lists(tuple(stores), torch.cat(bias, 2)), (0,) * len(stores), call.layout.block_tokens
+        stores = call.token_stores()
+        lists, owner, size = Lists(tuple(stores), call.visible.tokens), (0,) * len(stores), call.layout.block_tokens
         grads = _attend_backward(
             call, lists, grad_out, delta, query, lse, width=size, dropout=call.dropout, shared=owner
         )
@@ -456,7 +558,7 @@ def _backward_pooled(
             call, lists, grad_pooled, delta_pooled, pooled, part_lse, width=per_group, dropout=dropout
         )
         grad_cells.append(grads.query.reshape(pooled.shape))
-        totals.level(level, grads)
+        totals.add_cells(grads)
         totals.head_bias(grads.head_bias, [level] * lists.width)
     if grad_cells:
         layout = call.query_layout()

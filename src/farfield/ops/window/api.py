@@ -17,7 +17,7 @@ from farfield.ops.window.torch import attend_window
 
 __all__ = ["ENGINES", "check_rule", "window_attention"]
 
-ENGINES = ("reference", "torch")
+ENGINES = ("reference", "torch", "compiled")
 
 
 def check_rule(
@@ -119,7 +119,8 @@ def window_attention(
         scale: factor on the scores. Default D ** -0.5.
         dropout: rate in [0, 1) for the normalised weights, from torch's default generator. Pass 0 in evaluation.
         return_lse: return an attention state instead of the output alone.
-        impl: "torch" (fast, any device), "reference" (dense mask, O(N²)), None: "torch".
+        impl: "compiled" (CPU; built by a C++ compiler on first use), "torch" (any device), "reference" (dense mask,
+            O(N²)), None: the fastest that can run the call.
 
     Returns:
         `[B, Hq, N, D]`, or with return_lse the state (out, lse), differentiable in both. A query that sees nothing
@@ -171,10 +172,10 @@ def window_attention(
             query, key, value, grid=axes, window=sizes, stride=strides, dilation=dilations, causal=order,
             key_mask=key_mask, bounds=bounds, scale=factor,
         )  # fmt: skip
-    elif impl in (None, "torch"):
+    elif impl in (None, "torch", "compiled"):
         state = attend_window(
             query, key, value, grid=axes, window_size=sizes, stride=strides, dilation=dilations, causal=order,
-            key_mask=key_mask, cu_seqlens=cu_seqlens, scale=factor, dropout=float(dropout),
+            key_mask=key_mask, cu_seqlens=cu_seqlens, scale=factor, dropout=float(dropout), engine=impl or "",
         )  # fmt: skip
     else:
         raise ValueError(f"impl={impl!r} is not an engine: {', '.join(ENGINES)} or None would be accepted")

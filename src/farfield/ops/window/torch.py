@@ -1,16 +1,19 @@
-"""The fast engine, on any device: tiles of queries over runs of keys, forward and backward, as custom operators."""
+"""The fast engines, torch and compiled: tiles of queries over runs of keys, as custom operators."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from farfield.ops import tiles
+from farfield.ops.compiled import tiles as compiled
 from farfield.ops.customop import one_by_one
 from farfield.ops.state import AttentionState
-from farfield.ops.tiles import Dropout, Lists, Store, attend, attend_backward, compute_dtype
+from farfield.ops.tiles import Dropout, Lists, Store, compute_dtype
 from farfield.ops.window.plan import Plan, check_bounds, check_fit, window_plan
 
 __all__ = ["Window", "attend_window", "window"]
@@ -79,6 +82,14 @@ def _lists(key: Tensor, value: Tensor, key_mask: Tensor | None, plan: Plan) -> L
     return Lists((store,), key_bias=bias, row_bias=plan.row_bias, row_class=plan.row_class)
 
 
+def _arithmetic(engine: str, query: Tensor, dropout: float) -> ModuleType:
+    """The module whose ``attend`` and ``attend_backward`` run a call; empty: compiled where it can, otherwise torch."""
+    reason = None if engine == "torch" else compiled.why_not(query.device, query.dtype, dropout > 0)
+    if engine == "compiled" and reason is not None:
+        raise ValueError(f"impl='compiled' cannot run this call: {reason}")
+    return tiles if engine == "torch" or reason is not None else compiled
+
+
 def _dropout(seed: Tensor | None, rate: float) -> Dropout | None:
     return None if seed is None else Dropout(rate, int(seed.item()))
 
@@ -98,10 +109,11 @@ def window(
     causal: list[bool],
     scale: float,
     dropout: float,
+    engine: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, D] and lse [B, Hq, N]; see :func:`farfield.ops.window.window_attention`."""
     plan = _plan(query, cu_seqlens, grid, size, stride, dilation, causal)
-    out, lse = attend(
+    out, lse = _arithmetic(engine, query, dropout).attend(
         _tiles(query, plan, key.shape[1]),
         _lists(key, value, key_mask, plan),
         batch=query.shape[0],
@@ -135,6 +147,7 @@ def window_backward(
     causal: list[bool],
     scale: float,
     dropout: float,
+    engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     plan = _plan(query, cu_seqlens, grid, size, stride, dilation, causal)
@@ -142,7 +155,7 @@ def window_backward(
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - grad_lse
     # A query that sees nothing has a constant output, whatever gradient arrives at its log-sum-exp.
     delta = delta.masked_fill(lse == float("-inf"), 0.0)
-    grads = attend_backward(
+    grads = _arithmetic(engine, query, dropout).attend_backward(
         _gradient_tiles(grad_out, plan, kv_heads),
         _gradient_tiles(delta, plan, kv_heads),
         _tiles(query, plan, kv_heads),
@@ -226,10 +239,11 @@ def attend_window(
     cu_seqlens: Tensor | None,
     scale: float,
     dropout: float,
+    engine: str,
 ) -> AttentionState:
     """The operator of :func:`farfield.ops.window.window_attention`, on checked arguments."""
     seed = torch.randint(1 << 62, (1,)) if dropout > 0 else None
-    settings = (list(grid), list(window_size), list(stride), list(dilation), list(causal), scale, dropout)
+    settings = (list(grid), list(window_size), list(stride), list(dilation), list(causal), scale, dropout, engine)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if torch.compiler.is_compiling() and not wanted:
         # Dynamo cannot trace an autograd function that has nothing to differentiate. Eagerly requires_grad does not

@@ -1,0 +1,838 @@
+// Softmax attention of tiles of queries over lists of keys, forward and backward: farfield/ops/tiles.py, compiled.
+//
+// A list is an array of pointers to rows of keys, so that nothing is gathered. Scores are kept transposed, [keys, queries]:
+// then every product is one of two small matrix kernels that read their operands where they lie, the softmax runs along
+// contiguous vectors without horizontal sums, and a cell that nobody reads costs nothing.
+//
+//   scores     S'[k][q]  = sum_d K[k][d] Q'[d][q]        rows()      backward: dP' from V and dO'
+//   output     O[q][d]  += sum_k P'[k][q] V[k][d]        columns()   backward: dQ from dS' and K
+//   gradients  dV[k][d] += sum_q P'[k][q] dO[q][d]       rows()      and dK from dS' and Q
+//
+// Arithmetic is float32. Exponentials are powers of two. Everything is deterministic for a given number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, TALL = 12;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TALL = 6;
+#elif defined(__ARM_NEON)
+constexpr int LANES = 4, TALL = 8;
+#else
+constexpr int LANES = 4, TALL = 6;
+#endif
+constexpr int64_t PANEL = 2 * LANES;   // columns of a register tile; a tile has TALL rows
+constexpr int64_t QUERIES = 64;        // queries worked on at once, and
+constexpr int64_t KEYS = 48 * TALL;    // keys: their scores stay in the second level cache
+constexpr int64_t NEAR = 96;           // rows of one panel that stay in the first level cache, whatever their stride
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+
+static inline Vector load(const float* p) { return *(const Loose*)p; }
+static inline void put(float* p, Vector v) { *(Loose*)p = v; }
+static inline Vector all(float x) { return x - Vector{}; }
+
+// 2^x for x <= 0 with a relative error below 2e-7; 0 below 2^-126; NaN stays NaN.
+static inline Vector exp2_of(Vector x) {
+  const Vector low = all(-126.0f), magic = all(12582912.0f);
+  Vector y = x < low ? low : x;
+  Vector t = y + magic;
+  Vector f = y - (t - magic);
+  Vector p = all(1.5403529e-4f);
+  p = p * f + 1.3400432e-3f;
+  p = p * f + 9.6181290e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  Ints n = ((Ints)t - (Ints)magic + 127) << 23;
+  p = p * (Vector)n;
+  return x < low ? Vector{} : p;
+}
+
+// Storage: float32, bfloat16, float16 --------------------------------------------------------------------------------
+
+enum { FLOAT = 0, BFLOAT = 1, HALF = 2 };
+
+static inline int64_t size_of(int dtype) { return dtype == FLOAT ? 4 : 2; }
+
+static inline float from_bits(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline uint32_t to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+static inline float from_half(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | ((rest & 0x3ff) << 13));
+  // Multiplying by 2^112 moves the exponent to where it belongs, subnormal numbers included.
+  return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000)));
+}
+
+static inline uint16_t to_half(float f) {
+  const uint32_t u = to_bits(f), sign = (u >> 16) & 0x8000;
+  const float a = from_bits(u & 0x7fffffff);
+  if (a != a) return sign | 0x7e00;
+  if (a >= 65520.0f) return sign | 0x7c00;
+  if (a < from_bits(0x38800000)) return sign | (uint16_t)std::nearbyint(a * 16777216.0f);  // subnormal
+  const uint32_t v = to_bits(a);
+  return sign | (uint16_t)((v - 0x38000000 + 0xfff + ((v >> 13) & 1)) >> 13);
+}
+
+static inline uint16_t to_bfloat(float f) {
+  const uint32_t u = to_bits(f);
+  if (f != f) return 0x7fc0;
+  return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+static inline void read(const void* from, int64_t at, int dtype, int64_t n, float* to) {
+  if (dtype == FLOAT) {
+    std::memcpy(to, (const float*)from + at, n * 4);
+  } else if (dtype == BFLOAT) {
+    const uint16_t* p = (const uint16_t*)from + at;
+    for (int64_t i = 0; i < n; i++) to[i] = from_bits((uint32_t)p[i] << 16);
+  } else {
+    const uint16_t* p = (const uint16_t*)from + at;
+    for (int64_t i = 0; i < n; i++) to[i] = from_half(p[i]);
+  }
+}
+
+static inline void write(void* to, int64_t at, int dtype, int64_t n, const float* from, float factor) {
+  if (dtype == FLOAT) {
+    float* p = (float*)to + at;
+    for (int64_t i = 0; i < n; i++) p[i] = from[i] * factor;
+  } else if (dtype == BFLOAT) {
+    uint16_t* p = (uint16_t*)to + at;
+    for (int64_t i = 0; i < n; i++) p[i] = to_bfloat(from[i] * factor);
+  } else {
+    uint16_t* p = (uint16_t*)to + at;
+    for (int64_t i = 0; i < n; i++) p[i] = to_half(from[i] * factor);
+  }
+}
+
+// Matrix kernels -----------------------------------------------------------------------------------------------------
+
+// C[i][j..j+PANEL) (+)= sum over t in [from, to) of A[i][t] B[t][j..): H rows of A and C, given by pointers.
+template <int H, bool ADD>
+static inline void row_tile(const float* const* a, float* const* c, int64_t from, int64_t to, const float* b,
+                            int64_t step, int64_t j, const float* bias) {
+  Vector sum[H][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < H; i++) {
+    sum[i][0] = ADD ? load(c[i] + j) : all(bias ? bias[i] : 0.0f);
+    sum[i][1] = ADD ? load(c[i] + j + LANES) : sum[i][0];
+  }
+#pragma GCC unroll 4
+  for (int64_t t = from; t < to; t++) {
+    const Vector b0 = load(b + t * step + j), b1 = load(b + t * step + j + LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < H; i++) {
+      const Vector x = all(a[i][t]);
+      sum[i][0] += x * b0;
+      sum[i][1] += x * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < H; i++) {
+    put(c[i] + j, sum[i][0]);
+    put(c[i] + j + LANES, sum[i][1]);
+  }
+}
+
+template <bool ADD, int H = TALL>
+static void row_tiles(int height, const float* const* a, float* const* c, int64_t from, int64_t to, const float* b,
+                      int64_t step, int64_t first, int64_t width, const float* bias) {
+  if constexpr (H > 0) {
+    if (height < H) return row_tiles<ADD, H - 1>(height, a, c, from, to, b, step, first, width, bias);
+    for (int64_t j = first; j < width; j += PANEL) row_tile<H, ADD>(a, c, from, to, b, step, j, bias);
+  }
+}
+
+// C[i][..] += sum over k of A[k][i] B[k][..] for H columns i of A; k runs over [0, end) and [again, count).
+template <int H>
+static inline void column_tile(const float* a, int64_t step, const float* const* b, int64_t end, int64_t again,
+                               int64_t count, float* c, int64_t width, int64_t j) {
+  Vector sum[H][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < H; i++) {
+    sum[i][0] = load(c + i * width + j);
+    sum[i][1] = load(c + i * width + j + LANES);
+  }
+  for (int part = 0; part < 2; part++) {
+    const int64_t stop = part ? count : end;
+    for (int64_t k = part ? again : 0; k < stop; k++) {
+      const Vector b0 = load(b[k] + j), b1 = load(b[k] + j + LANES);
+      const float* x = a + k * step;
+#pragma GCC unroll 16
+      for (int i = 0; i < H; i++) {
+        const Vector y = all(x[i]);
+        sum[i][0] += y * b0;
+        sum[i][1] += y * b1;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < H; i++) {
+    put(c + i * width + j, sum[i][0]);
+    put(c + i * width + j + LANES, sum[i][1]);
+  }
+}
+
+template <int H = TALL>
+static void column_tiles(int height, const float* a, int64_t step, const float* const* b, int64_t end, int64_t again,
+                         int64_t count, float* c, int64_t width, int64_t j) {
+  if constexpr (H > 0) {
+    if (height < H) return column_tiles<H - 1>(height, a, step, b, end, again, count, c, width, j);
+    column_tile<H>(a, step, b, end, again, count, c, width, j);
+  }
+}
+
+// Calls --------------------------------------------------------------------------------------------------------------
+
+extern "C" {
+
+struct Store {
+  const void *keys, *values;            // [G, rows, width, D]
+  float *grad_keys, *grad_values;       // the same in float32, added to; backward only
+  const int64_t* table;                 // [U, places]
+  int64_t rows, width, places, dtype;
+};
+
+struct Call {
+  int64_t groups, repeat, units, queries, dim, batch, list;  // G, r, U, M, D, B, K
+  const Store* stores;
+  int64_t number;                       // of stores
+  const void* query;                    // [G, r, U, M, D]
+  const float* key_bias;                // [biases, U, K] or null
+  int64_t biases;                       // 1 or B
+  const float* head_bias;               // [G / B, r, K] or null
+  const float* row_bias;                // [classes, M, biased] or null
+  int64_t classes, biased;
+  const int64_t* row_class;             // [U] or null
+  void* out;                            // [G, r, U, M, D]
+  float* lse;                           // [G, r, U, M]; read by the backward pass
+  const void* grad_out;                 // backward only, from here on
+  const float* delta;
+  void* grad_query;
+  float* grad_head;                     // [G / B, r, K], added to
+  int64_t dtype, threads;
+  float scale;
+};
+
+}  // extern "C"
+
+static inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Memory that a thread keeps.
+struct Scratch {
+  std::vector<float> memory;
+  size_t used = 0;
+
+  void start(size_t floats) {
+    if (memory.size() < floats + LANES) memory.resize(floats + LANES);
+    used = (16 - ((uintptr_t)memory.data() / 4) % 16) % 16;
+  }
+  float* take(int64_t floats) {
+    float* p = memory.data() + used;
+    used += floats;
+    return p;
+  }
+};
+
+// The causal (or other) bias inside a block, transposed and times log2(e), the first query that each key is seen by, and
+// whether there is any bias at all.
+struct RowBias {
+  std::vector<float> bias;              // [classes, biased, M]
+  std::vector<int64_t> first;           // [classes, biased]
+  std::vector<char> any;                // [classes, biased]
+
+  explicit RowBias(const Call& c) {
+    if (!c.row_bias) return;
+    bias.resize(c.classes * c.biased * c.queries);
+    first.assign(c.classes * c.biased, c.queries);
+    any.assign(c.classes * c.biased, 0);
+    for (int64_t i = 0; i < c.classes; i++)
+      for (int64_t m = 0; m < c.queries; m++)
+        for (int64_t k = 0; k < c.biased; k++) {
+          const float x = c.row_bias[(i * c.queries + m) * c.biased + k];
+          bias[(i * c.biased + k) * c.queries + m] = x * LOG2E;
+          any[i * c.biased + k] |= x != 0.0f;
+          int64_t& f = first[i * c.biased + k];
+          if (x != NONE && f > m) f = m;
+        }
+  }
+};
+
+// What one unit reads: a row of key and value (and of their gradients) for every key that is not hidden, its biases, and
+// the first query that sees it. The first ``lead`` keys are seen by fewer and fewer queries: the causal triangle.
+struct List {
+  std::vector<const void*> keys, values;
+  std::vector<float*> grad_keys, grad_values;
+  std::vector<float> bias;
+  std::vector<int64_t> column, first;
+  std::vector<int> dtype;
+  int64_t count = 0, lead = 0;
+
+  explicit List(int64_t most)
+      : keys(most), values(most), grad_keys(most), grad_values(most), bias(most), column(most), first(most),
+        dtype(most) {}
+
+  // ``extra``: other memory for the gradients, in which those of store s begin at offsets[2 s] and offsets[2 s + 1].
+  void read(const Call& c, const RowBias& rows, int64_t g, int64_t u, const float* extra, const int64_t* offsets) {
+    const int64_t batch = g / (c.groups / c.batch);
+    const float* shown = c.key_bias ? c.key_bias + ((c.biases == 1 ? 0 : batch) * c.units + u) * c.list : nullptr;
+    const int64_t kind = c.row_class ? c.row_class[u] : 0;
+    count = lead = 0;
+    int64_t col = 0;
+    for (int64_t s = 0; s < c.number; s++) {
+      const Store& store = c.stores[s];
+      const int64_t wide = c.dim * size_of((int)store.dtype);
+      for (int64_t p = 0; p < store.places; p++) {
+        const int64_t row = g * store.rows + store.table[u * store.places + p];
+        for (int64_t j = 0; j < store.width; j++, col++) {
+          const float b = shown ? shown[col] : 0.0f;
+          if (b == NONE) continue;
+          const int64_t f = c.row_bias && col < c.biased ? rows.first[kind * c.biased + col] : 0;
+          if (f >= c.queries) continue;
+          const int64_t at = row * store.width + j;
+          keys[count] = (const char*)store.keys + at * wide;
+          values[count] = (const char*)store.values + at * wide;
+          if (store.grad_keys) {
+            // The gradients of a further part of the units go to their own memory, laid out like the stores.
+            grad_keys[count] = (extra ? (float*)extra + offsets[2 * s] : store.grad_keys) + at * c.dim;
+            grad_values[count] = (extra ? (float*)extra + offsets[2 * s + 1] : store.grad_values) + at * c.dim;
+          }
+          bias[count] = b * LOG2E;
+          column[count] = col;
+          first[count] = f;
+          dtype[count] = (int)store.dtype;
+          if (lead == count && c.row_bias && col < c.biased && (count == 0 || f >= first[count - 1])) lead++;
+          count++;
+        }
+      }
+    }
+  }
+};
+
+// Queries that are worked on at once: rows [from, to) of the r * M of a unit, cut so that few spans cross heads.
+struct Span {
+  int64_t from, to;
+};
+
+static std::vector<Span> spans(const Call& c) {
+  std::vector<Span> out;
+  if (2 * c.queries > QUERIES) {
+    const int64_t cuts = (c.queries + QUERIES - 1) / QUERIES, size = (c.queries + cuts - 1) / cuts;
+    for (int64_t h = 0; h < c.repeat; h++)
+      for (int64_t m = 0; m < c.queries; m += size)
+        out.push_back({h * c.queries + m, h * c.queries + std::min(m + size, c.queries)});
+  } else {
+    const int64_t heads = QUERIES / c.queries;
+    for (int64_t h = 0; h < c.repeat; h += heads)
+      out.push_back({h * c.queries, std::min(h + heads, c.repeat) * c.queries});
+  }
+  return out;
+}
+
+// One task's view of the work: buffers, and the steps that forward and backward share.
+struct Worker {
+  const Call& c;
+  const RowBias& rows;
+  const int64_t wide, high, step;       // D and the number of queries, rounded up to a panel; stride of [.., queries]
+  const bool backward;
+  List list;
+  Scratch scratch;
+  float *query_t, *scores, *keys, *values, *top, *total, *out;
+  float *query, *grad, *grad_t, *grad_scores, *grad_query, *grad_keys, *grad_values, *delta;
+  std::vector<const float*> key_row, value_row;
+  std::vector<float*> score_row, grad_score_row, grad_key_row, grad_value_row;
+  std::vector<int64_t> start;
+  int64_t g = 0, u = 0;
+  Span span{0, 0};
+
+  Worker(const Call& call, const RowBias& row_bias, bool back)
+      : c(call), rows(row_bias), wide(up_to(call.dim, PANEL)),
+        high(up_to(std::min(QUERIES, call.queries * call.repeat), PANEL)),
+        step(high + PANEL),  // not a power of two, or the rows of a panel would share the sets of the cache
+        backward(back), list(call.list),
+        key_row(KEYS), value_row(KEYS), score_row(KEYS), grad_score_row(KEYS), grad_key_row(KEYS),
+        grad_value_row(KEYS), start(KEYS) {
+    const int64_t small = wide * step, tall = KEYS * step, copies = KEYS * wide;
+    scratch.start(8 * small + 2 * tall + 4 * copies + 4 * high);
+    query_t = scratch.take(small), out = scratch.take(small), scores = scratch.take(tall);
+    keys = scratch.take(copies), values = scratch.take(copies);
+    top = scratch.take(high), total = scratch.take(high), delta = scratch.take(high);
+    query = scratch.take(small), grad = scratch.take(small), grad_t = scratch.take(small);
+    grad_query = scratch.take(small), grad_scores = scratch.take(tall);
+    grad_keys = scratch.take(copies), grad_values = scratch.take(copies);
+  }
+
+  int64_t size() const { return span.to - span.from; }
+
+  // Index of row i of the span in [G, r, U, M].
+  int64_t place(int64_t i) const {
+    const int64_t row = span.from + i, head = row / c.queries;
+    return ((g * c.repeat + head) * c.units + u) * c.queries + row % c.queries;
+  }
+
+  // Rows of the span of a [G, r, U, M, D] tensor as a matrix [rows, wide], 0 where there is none.
+  void matrix(const void* from, float* to, float factor) {
+    for (int64_t i = 0; i < size(); i++) {
+      read(from, place(i) * c.dim, (int)c.dtype, c.dim, to + i * wide);
+      for (int64_t d = 0; d < c.dim; d++) to[i * wide + d] *= factor;
+      for (int64_t d = c.dim; d < wide; d++) to[i * wide + d] = 0.0f;
+    }
+    std::memset(to + size() * wide, 0, (high - size()) * wide * 4);
+  }
+
+  // to[d][i] = from[i][d] * factor
+  void transpose(const float* from, float* to, float factor) {
+    for (int64_t d = 0; d < c.dim; d += 8)
+      for (int64_t i = 0; i < high; i++)
+        for (int64_t e = d; e < std::min(d + 8, c.dim); e++) to[e * step + i] = from[i * wide + e] * factor;
+  }
+
+  // Points key_row and value_row at keys [from, from + n) of the list, copied where they cannot be read in place.
+  void fetch(int64_t from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t k = from + i;
+      if (list.dtype[k] == FLOAT && c.dim == wide) {
+        key_row[i] = (const float*)list.keys[k], value_row[i] = (const float*)list.values[k];
+        if (backward) grad_key_row[i] = list.grad_keys[k], grad_value_row[i] = list.grad_values[k];
+        continue;
+      }
+      float *a = keys + i * wide, *b = values + i * wide;
+      read(list.keys[k], 0, list.dtype[k], c.dim, a), read(list.values[k], 0, list.dtype[k], c.dim, b);
+      for (int64_t d = c.dim; d < wide; d++) a[d] = b[d] = 0.0f;
+      key_row[i] = a, value_row[i] = b;
+      if (backward) {
+        if (c.dim == wide) {
+          grad_key_row[i] = list.grad_keys[k], grad_value_row[i] = list.grad_values[k];
+        } else {
+          grad_key_row[i] = grad_keys + i * wide, grad_value_row[i] = grad_values + i * wide;
+          std::memset(grad_key_row[i], 0, wide * 4), std::memset(grad_value_row[i], 0, wide * 4);
+        }
+      }
+    }
+  }
+
+  // Adds the gradients of copied rows to where they belong.
+  void give_back(int64_t from, int64_t n) {
+    if (c.dim == wide) return;
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t d = 0; d < c.dim; d++) {
+        list.grad_keys[from + i][d] += grad_key_row[i][d];
+        list.grad_values[from + i][d] += grad_value_row[i][d];
+      }
+  }
+
+  bool one_head() const { return span.from / c.queries == (span.to - 1) / c.queries; }
+
+  // Biased scores, times log2(e), of keys [from, from + n): scores[k][i]. start[k]: the first query that a key's tile of
+  // rows was computed for; the ones before do not see it.
+  void score(int64_t from, int64_t n) {
+    const int64_t offset = span.from % c.queries;
+    for (int64_t i = 0; i < n; i += TALL) {
+      const int64_t tall = std::min<int64_t>(TALL, n - i);
+      int64_t first = high;
+      for (int64_t k = i; k < i + tall; k++) {
+        const int64_t f = one_head() ? std::max<int64_t>(0, list.first[from + k] - offset) : 0;
+        first = std::min(first, f / PANEL * PANEL);
+        score_row[k] = scores + k * step;
+      }
+      for (int64_t k = i; k < i + tall; k++) start[k] = first;
+      row_tiles<false>((int)tall, key_row.data() + i, score_row.data() + i, 0, c.dim, query_t, step, first, high,
+                       list.bias.data() + from + i);
+    }
+    if (!c.head_bias && !c.row_bias) return;
+    const int64_t head_of_group = g % (c.groups / c.batch), kind = c.row_class ? c.row_class[u] : 0;
+    for (int64_t k = 0; k < n; k++) {
+      const int64_t col = list.column[from + k];
+      const bool biased = c.row_bias && col < c.biased && rows.any[kind * c.biased + col];
+      if (!biased && !c.head_bias) continue;
+      float* row = scores + k * step;
+      for (int64_t i = 0; i < size();) {
+        const int64_t at = span.from + i, head = at / c.queries, m = at % c.queries;
+        const int64_t end = std::min(size(), i + c.queries - m);
+        if (c.head_bias) {
+          const float b = c.head_bias[(head_of_group * c.repeat + head) * c.list + col] * LOG2E;
+          if (b != 0.0f)
+            for (int64_t e = std::max(i, start[k]); e < end; e++) row[e] += b;
+        }
+        if (biased) {
+          const float* b = rows.bias.data() + (kind * c.biased + col) * c.queries + m - i;
+          for (int64_t e = std::max(i, start[k]); e < end; e++) row[e] += b[e];
+        }
+        i = end;
+      }
+    }
+  }
+
+  // into[i][..] += sum over keys of weights[k][i] row[k][..], for keys [from, from + n).
+  void gather(const float* weights, const float* const* row, float* into, int64_t from, int64_t n) {
+    for (int64_t first = 0; first < n; first += NEAR) {
+      const int64_t count = std::min(NEAR, n - first);
+      const int64_t lead = std::max<int64_t>(0, std::min(count, list.lead - from - first));
+      for (int64_t j = 0; j < wide; j += PANEL)
+        for (int64_t i = 0, end = 0; i < size(); i += TALL) {
+          const int64_t tall = std::min<int64_t>(TALL, size() - i);
+          while (end < lead && start[first + end] < i + tall) end++;
+          column_tiles((int)tall, weights + first * step + i, step, row + first, end, lead, count, into + i * wide, wide, j);
+        }
+    }
+  }
+
+  // row[k][..] += sum over queries of weights[k][i] x[i][..]
+  void scatter(float* const* weights, const float* x, float* const* row, int64_t n) {
+    for (int64_t i = 0; i < n; i += TALL)
+      row_tiles<true>((int)std::min<int64_t>(TALL, n - i), weights + i, row + i, start[i], size(), x, wide, 0, wide,
+                      nullptr);
+  }
+
+  void forward_span() {
+    matrix(c.query, out, 1.0f);
+    transpose(out, query_t, c.scale * LOG2E);
+    std::memset(out, 0, high * wide * 4);
+    for (int64_t i = 0; i < high; i++) top[i] = NONE, total[i] = 0.0f;
+    for (int64_t from = 0; from < list.count; from += KEYS) {
+      const int64_t n = std::min(KEYS, list.count - from);
+      fetch(from, n);
+      score(from, n);
+      for (int64_t i = 0; i < high; i += LANES) {
+        const Vector before = load(top + i);
+        Vector most = before;
+        for (int64_t k = 0; k < n; k++)
+          if (start[k] <= i) {
+            const Vector s = load(scores + k * step + i);
+            most = s > most ? s : most;
+          }
+        const Vector shift = most == all(NONE) ? Vector{} : most;
+        const Vector shrink = exp2_of(before - shift);
+        Vector sum = load(total + i) * shrink;
+        for (int64_t k = 0; k < n; k++) {
+          float* p = scores + k * step + i;
+          const Vector w = start[k] <= i ? exp2_of(load(p) - shift) : Vector{};
+          sum += w;
+          put(p, w);
+        }
+        put(top + i, most), put(total + i, sum);
+        if (from)
+          for (int64_t e = i; e < std::min(i + LANES, size()); e++)
+            for (int64_t d = 0; d < wide; d++) out[e * wide + d] *= shrink[e - i];
+      }
+      gather(scores, value_row.data(), out, from, n);
+    }
+    for (int64_t i = 0; i < size(); i++) {
+      const bool none = total[i] == 0.0f;
+      c.lse[place(i)] = none ? NONE : (std::log2(total[i]) + top[i]) / LOG2E;
+      write(c.out, place(i) * c.dim, (int)c.dtype, c.dim, out + i * wide, none ? 1.0f : 1.0f / total[i]);
+    }
+  }
+
+  void backward_span(float* grad_head) {
+    matrix(c.query, query, c.scale);
+    transpose(query, query_t, LOG2E);
+    matrix(c.grad_out, grad, 1.0f);
+    transpose(grad, grad_t, 1.0f);
+    std::memset(grad_query, 0, high * wide * 4);
+    for (int64_t i = 0; i < high; i++) {
+      const float x = i < size() ? c.lse[place(i)] : NONE;
+      top[i] = x == NONE ? -NONE : x * LOG2E;  // a query that sees nothing gives every key the weight 0
+      delta[i] = i < size() ? c.delta[place(i)] : 0.0f;
+    }
+    for (int64_t from = 0; from < list.count; from += KEYS) {
+      const int64_t n = std::min(KEYS, list.count - from);
+      fetch(from, n);
+      score(from, n);
+      for (int64_t i = 0; i < n; i += TALL) {
+        for (int64_t k = i; k < std::min<int64_t>(i + TALL, n); k++) grad_score_row[k] = grad_scores + k * step;
+        row_tiles<false>((int)std::min<int64_t>(TALL, n - i), value_row.data() + i, grad_score_row.data() + i, 0, c.dim,
+                         grad_t, step, start[i], high, nullptr);
+      }
+      for (int64_t k = 0; k < n; k++) {
+        float *s = scores + k * step, *t = grad_scores + k * step;
+        for (int64_t i = 0; i < start[k]; i += LANES) put(s + i, Vector{}), put(t + i, Vector{});
+        for (int64_t i = start[k]; i < high; i += LANES) {
+          const Vector w = exp2_of(load(s + i) - load(top + i));
+          put(s + i, w);
+          put(t + i, w * (load(t + i) - load(delta + i)));
+        }
+      }
+      gather(grad_scores, key_row.data(), grad_query, from, n);
+      scatter(score_row.data(), grad, grad_value_row.data(), n);
+      scatter(grad_score_row.data(), query, grad_key_row.data(), n);
+      give_back(from, n);
+      if (grad_head)
+        for (int64_t k = 0; k < n; k++)
+          for (int64_t i = 0; i < size();) {
+            const int64_t at = span.from + i, head = at / c.queries;
+            const int64_t end = std::min(size(), i + c.queries - at % c.queries);
+            float sum = 0.0f;
+            for (; i < end; i++) sum += grad_scores[k * step + i];
+            grad_head[head * c.list + list.column[from + k]] += sum;
+          }
+    }
+    for (int64_t i = 0; i < size(); i++)
+      write(c.grad_query, place(i) * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
+  }
+};
+
+extern "C" void farfield_attend(const Call* call) {
+  const Call& c = *call;
+  const RowBias rows(c);
+  const std::vector<Span> cut = spans(c);
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, c.units * c.groups / (4 * c.threads)));
+  const int64_t runs = (c.units + run - 1) / run, tasks = c.groups * runs;
+#pragma omp parallel num_threads((int)c.threads)
+  {
+    Worker worker(c, rows, false);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) {
+      worker.g = task / runs;
+      const int64_t first = task % runs * run;
+      for (worker.u = first; worker.u < std::min(first + run, c.units); worker.u++) {
+        worker.list.read(c, rows, worker.g, worker.u, nullptr, nullptr);
+        for (const Span& span : cut) {
+          worker.span = span;
+          worker.forward_span();
+        }
+      }
+    }
+  }
+}
+
+// Different groups share no keys, so that every group is a task of its own; where there are fewer groups than threads,
+// the units of a group are cut into parts, whose gradients are kept apart and added in order.
+extern "C" int farfield_attend_backward(const Call* call) {
+  const Call& c = *call;
+  const RowBias rows(c);
+  const std::vector<Span> cut = spans(c);
+  int64_t parts = 1;
+  while (parts < c.units && (c.groups * parts) % c.threads && c.groups * parts < 4 * c.threads) parts++;
+  std::vector<int64_t> offsets;
+  std::vector<std::pair<float*, int64_t>> owners;  // distinct gradient buffers
+  int64_t floats = 0;
+  for (int64_t s = 0; s < c.number; s++)
+    for (float* buffer : {c.stores[s].grad_keys, c.stores[s].grad_values}) {
+      int64_t at = -1;
+      for (size_t i = 0, sum = 0; i < owners.size(); sum += owners[i].second, i++)
+        if (owners[i].first == buffer) at = (int64_t)sum;
+      if (at < 0) {
+        at = floats;
+        owners.push_back({buffer, c.groups * c.stores[s].rows * c.stores[s].width * c.dim});
+        floats += owners.back().second;
+      }
+      offsets.push_back(at);
+    }
+  std::vector<float*> extra(parts, nullptr);
+  bool failed = false;
+  for (int64_t p = 1; p < parts; p++) failed |= !(extra[p] = (float*)std::calloc(floats, 4));
+  const int64_t heads = c.grad_head ? c.repeat * c.list : 0;
+  std::vector<float> head_sums(heads * c.groups * parts);
+  if (!failed) {
+#pragma omp parallel num_threads((int)c.threads)
+    {
+      Worker worker(c, rows, true);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < c.groups * parts; task++) {
+        const int64_t part = task % parts;
+        worker.g = task / parts;
+        for (worker.u = c.units * part / parts; worker.u < c.units * (part + 1) / parts; worker.u++) {
+          worker.list.read(c, rows, worker.g, worker.u, extra[part], offsets.data());
+          for (const Span& span : cut) {
+            worker.span = span;
+            worker.backward_span(heads ? head_sums.data() + task * heads : nullptr);
+          }
+        }
+      }
+      for (int64_t p = 1; p < parts; p++) {
+        int64_t at = 0;
+        for (const auto& owner : owners) {
+          const float* from = extra[p] + at;
+          float* to = owner.first;
+#pragma omp for schedule(static)
+          for (int64_t i = 0; i < owner.second; i++) to[i] += from[i];
+          at += owner.second;
+        }
+      }
+    }
+    for (int64_t task = 0; heads && task < c.groups * parts; task++) {
+      float* to = c.grad_head + (task / parts) % (c.groups / c.batch) * heads;
+      for (int64_t i = 0; i < heads; i++) to[i] += head_sums[task * heads + i];
+    }
+  }
+  for (float* p : extra) std::free(p);
+  return failed ? 1 : 0;
+}
+
+// Asks for large pages under a fresh buffer: first touching small ones costs as much as the arithmetic.
+extern "C" void farfield_large_pages(void* start, int64_t bytes) {
+#ifdef __linux__
+  const uintptr_t page = 4096, first = ((uintptr_t)start + page - 1) / page * page, end = (uintptr_t)start + bytes;
+  if (end > first) madvise((void*)first, end - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
+
+// Pyramids -----------------------------------------------------------------------------------------------------------
+
+extern "C" {
+
+struct Reduction {
+  int64_t groups, heads, batches, dim, cells, children, below, dtype, threads;  // batches: of coefficients, 0: none
+  int64_t below_stride, stride;         // floats (elements) between groups, of what is below and of the cells
+  const int32_t* table;                 // [cells, children], -1: none
+  const float* coefficients;            // [batches, cells, children] or null
+  const float* weight;                  // [weight_heads, children, D] or null: 1 / children
+  int64_t weight_heads;
+  const void* from;                     // [G, below, D]
+  float* to;                            // [G, cells, D]: written by up, read by down
+  float* grad_from;                     // [G, below, D], added to
+  float* grad_weight;                   // [weight_heads, children, D], added to, or null
+};
+
+}  // extern "C"
+
+struct Cell {
+  const Reduction& r;
+  int64_t g;
+  const float* weight;
+  const float* coefficients;
+
+  Cell(const Reduction& reduction, int64_t group) : r(reduction), g(group) {
+    const int64_t head = g % r.heads, batch = g / r.heads;
+    weight = r.weight ? r.weight + (r.weight_heads == 1 ? 0 : head) * r.children * r.dim : nullptr;
+    coefficients =
+        r.coefficients ? r.coefficients + (r.batches == 1 ? 0 : batch) * r.cells * r.children : nullptr;
+  }
+  float coefficient(int64_t cell, int64_t i) const { return coefficients ? coefficients[cell * r.children + i] : 1.0f; }
+};
+
+constexpr int64_t RUN = 512;  // cells to a task
+
+extern "C" void farfield_reduce(const Reduction* reduction) {
+  const Reduction& r = *reduction;
+  const int64_t runs = (r.cells + RUN - 1) / RUN;
+#pragma omp parallel num_threads((int)r.threads)
+  {
+    std::vector<float> row(r.dim);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < r.groups * runs; task++) {
+      const Cell at(r, task / runs);
+      const int64_t first = task % runs * RUN;
+      for (int64_t cell = first; cell < std::min(first + RUN, r.cells); cell++) {
+        float* to = r.to + at.g * r.stride + cell * r.dim;
+        std::memset(to, 0, r.dim * 4);
+        for (int64_t i = 0; i < r.children; i++) {
+          const int64_t child = r.table[cell * r.children + i];
+          const float x = at.coefficient(cell, i);
+          if (child < 0 || x == 0.0f) continue;
+          const int64_t place = at.g * r.below_stride + child * r.dim;
+          const float* from = (const float*)r.from + place;
+          if (r.dtype != FLOAT) {
+            read(r.from, place, (int)r.dtype, r.dim, row.data());
+            from = row.data();
+          }
+          if (at.weight) {
+            const float* w = at.weight + i * r.dim;
+            for (int64_t d = 0; d < r.dim; d++) to[d] += x * w[d] * from[d];
+          } else {
+            const float share = x / r.children;
+            for (int64_t d = 0; d < r.dim; d++) to[d] += share * from[d];
+          }
+        }
+      }
+    }
+  }
+}
+
+extern "C" void farfield_reduce_down(const Reduction* reduction) {
+  const Reduction& r = *reduction;
+  const int64_t runs = (r.cells + RUN - 1) / RUN, size = r.grad_weight ? r.children * r.dim : 0;
+  std::vector<float> sums(r.groups * runs * size);
+#pragma omp parallel num_threads((int)r.threads)
+  {
+    std::vector<float> row(r.dim);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < r.groups * runs; task++) {
+      const Cell at(r, task / runs);
+      const int64_t first = task % runs * RUN;
+      for (int64_t cell = first; cell < std::min(first + RUN, r.cells); cell++) {
+        const float* grad = r.to + at.g * r.stride + cell * r.dim;
+        for (int64_t i = 0; i < r.children; i++) {
+          const int64_t child = r.table[cell * r.children + i];
+          const float x = at.coefficient(cell, i);
+          if (child < 0 || x == 0.0f) continue;
+          const int64_t place = at.g * r.below_stride + child * r.dim;
+          float* into = r.grad_from + place;
+          if (at.weight) {
+            const float* w = at.weight + i * r.dim;
+            for (int64_t d = 0; d < r.dim; d++) into[d] += x * w[d] * grad[d];
+            if (size) {
+              const float* from = (const float*)r.from + place;
+              if (r.dtype != FLOAT) {
+                read(r.from, place, (int)r.dtype, r.dim, row.data());
+                from = row.data();
+              }
+              float* sum = sums.data() + task * size + i * r.dim;
+              for (int64_t d = 0; d < r.dim; d++) sum[d] += x * grad[d] * from[d];
+            }
+          } else {
+            const float share = x / r.children;
+            for (int64_t d = 0; d < r.dim; d++) into[d] += share * grad[d];
+          }
+        }
+      }
+    }
+  }
+  for (int64_t task = 0; size && task < r.groups * runs; task++) {
+    const int64_t head = task / runs % r.heads;
+    float* to = r.grad_weight + (r.weight_heads == 1 ? 0 : head) * size;
+    for (int64_t i = 0; i < size; i++) to[i] += sums[task * size + i];
+  }
+}
+
+// delta[i] = sum_d a[i][d] b[i][d] - less[i]
+extern "C" void farfield_delta(const void* a, const void* b, const float* less, float* delta, int64_t rows, int64_t dim,
+                               int64_t dtype, int64_t threads) {
+#pragma omp parallel num_threads((int)threads)
+  {
+    std::vector<float> x(dim), y(dim);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+      const float *p = (const float*)a + i * dim, *q = (const float*)b + i * dim;
+      if (dtype != FLOAT) {
+        read(a, i * dim, (int)dtype, dim, x.data()), read(b, i * dim, (int)dtype, dim, y.data());
+        p = x.data(), q = y.data();
+      }
+      Vector sum{};
+      int64_t d = 0;
+      for (; d + LANES <= dim; d += LANES) sum += load(p + d) * load(q + d);
+      float whole = 0.0f;
+      for (int j = 0; j < LANES; j++) whole += sum[j];
+      for (; d < dim; d++) whole += p[d] * q[d];
+      delta[i] = whole - less[i];
+    }
+  }
+}

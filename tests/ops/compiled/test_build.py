@@ -1,0 +1,103 @@
+"""Building on first use: several at once, no compiler, a broken one, a slow one, and nowhere to keep the library."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from farfield.ops.compiled import build
+
+CALL = (
+    "import logging, torch, farfield as ff; logging.basicConfig(level='INFO', format='%(message)s')\n"
+    "x = torch.randn(1, 1, 40, 8)\n"
+    "a, b = (ff.multipole_attention(x, x, x, block=4, rank=2, impl=i) for i in (None, 'torch'))\n"
+    "torch.testing.assert_close(a, b); print('right')\n"
+)
+
+
+def run(cache: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    return subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def libraries(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob("*")) if folder.exists() else []
+
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler here")
+
+
+@needs_compiler
+def test_two_processes_build_at_once_and_a_third_finds_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", CALL], env=environment, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0 and out == "right\n", err
+    assert len(libraries(tmp_path / "farfield")) == 1
+    third = run(tmp_path)
+    assert third.stdout == "right\n" and "built" not in third.stderr
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    done = run(tmp_path, PATH=str(tmp_path), CXX="")
+    assert done.stdout == "right\n"
+    assert "there is no C++ compiler" in done.stderr and "the torch engine is used instead" in done.stderr
+    assert libraries(tmp_path / "farfield") == []
+
+
+def test_a_compiler_that_is_named_and_missing(tmp_path: Path) -> None:
+    done = run(tmp_path, CXX="nonesuch++ -m64")
+    assert done.stdout == "right\n" and "nonesuch++" in done.stderr
+
+
+def test_a_compiler_that_fails(tmp_path: Path) -> None:
+    broken = tmp_path / "broken++"
+    broken.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'x.cpp:1: error: no such machine' >&2\nexit 3\n"
+    )
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    done = run(tmp_path / "cache", CXX=str(broken))
+    assert done.stdout == "right\n"
+    assert "exit status 3" in done.stderr and "no such machine" in done.stderr and "torch engine" in done.stderr
+    assert libraries(tmp_path / "cache" / "farfield") == []  # nothing half-written stays
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file stands where the folder should be, which stops root, too."""
+    (tmp_path / "farfield").write_text("in the way")
+    done = run(tmp_path, TMPDIR=str(tmp_path))
+    assert done.stdout == "right\n" and "cannot be written" in done.stderr
+
+
+@needs_compiler
+def test_a_cache_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
+    folder = tmp_path / "farfield"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    done = run(tmp_path, TMPDIR=str(tmp_path))
+    assert done.stdout == "right\n" and "cannot be written" in done.stderr
+    assert libraries(folder) == []
+
+
+def test_a_slow_compiler_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = tmp_path / "slow++"
+    slow.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nexec sleep 60\n')
+    slow.chmod(slow.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "SECONDS", 1)
+    with caplog.at_level(logging.WARNING, "farfield"):
+        built = build.report.__wrapped__()
+    assert built.library is None and built.reason is not None and "longer than 1 s" in built.reason
+    assert "torch engine" in caplog.text
