@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from farfield.ops.memory import empty, zeros
+
 LOG2E = math.log2(math.e)
 CHUNK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Scores held at once, per device type; measured: more leave the caches of a CPU, fewer starve the matrix product."""
@@ -213,8 +215,8 @@ def attend(
     """
     groups, repeat, units, rows, _ = query.shape
     width = lists.stores[0].values.shape[-1]
-    out = query.new_empty(groups, repeat, units, rows, width)
-    lse = query.new_empty(groups, repeat, units, rows, 1, dtype=compute_dtype(query.dtype))
+    out = empty((groups, repeat, units, rows, width), query.dtype, query.device)
+    lse = empty((groups, repeat, units, rows, 1), compute_dtype(query.dtype), query.device)
     space = _Workspace(query.device)
     for n, (g, u) in enumerate(_chunks(groups, units, repeat * rows * lists.width, query.device)):
         chunk = _Chunk(space, query, lists, batch, g, u, scale)
@@ -276,13 +278,13 @@ def attend_backward(
     groups, repeat, units, rows, width = query.shape
     owner = shared or tuple(range(len(lists.stores)))
     dtype = compute_dtype(query.dtype)
-    grad_query = query.new_empty(query.shape)
+    grad_query = empty(query.shape, query.dtype, query.device)
 
-    def zeros(tensors: list[Tensor]) -> list[Tensor | None]:
-        return [t.new_zeros(t.shape, dtype=dtype) if owner[i] == i else None for i, t in enumerate(tensors)]
+    def buffers(tensors: list[Tensor]) -> list[Tensor | None]:
+        return [zeros(t.shape, dtype, t.device) if owner[i] == i else None for i, t in enumerate(tensors)]
 
-    grad_keys = zeros([store.keys for store in lists.stores])
-    grad_values = zeros([store.values for store in lists.stores])
+    grad_keys = buffers([store.keys for store in lists.stores])
+    grad_values = buffers([store.values for store in lists.stores])
     grad_head = torch.zeros_like(lists.head_bias, dtype=dtype) if lists.head_bias is not None else None
     lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None] * LOG2E
     delta = delta[..., None]

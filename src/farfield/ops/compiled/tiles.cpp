@@ -18,10 +18,6 @@
 #include <limits>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #ifdef __AVX512F__
 constexpr int LANES = 16, TALL = 12;
 #elif defined(__AVX__)
@@ -518,27 +514,36 @@ struct Worker {
       const int64_t n = std::min(KEYS, list.count - from);
       fetch(from, n);
       score(from, n);
-      for (int64_t i = 0; i < high; i += LANES) {
-        const Vector before = load(top + i);
-        Vector most = before;
+      for (int64_t i = 0; i < high; i += PANEL) {
+        // Two vectors at a time: one line of the cache.
+        Vector shrink[2], most[2] = {load(top + i), load(top + i + LANES)};
         for (int64_t k = 0; k < n; k++)
-          if (start[k] <= i) {
-            const Vector s = load(scores + k * step + i);
-            most = s > most ? s : most;
-          }
-        const Vector shift = most == all(NONE) ? Vector{} : most;
-        const Vector shrink = exp2_of(before - shift);
-        Vector sum = load(total + i) * shrink;
+          if (start[k] <= i)
+            for (int v = 0; v < 2; v++) {
+              const Vector s = load(scores + k * step + i + v * LANES);
+              most[v] = s > most[v] ? s : most[v];
+            }
+        Vector shift[2], sum[2];
+        for (int v = 0; v < 2; v++) {
+          shift[v] = most[v] == all(NONE) ? Vector{} : most[v];
+          shrink[v] = exp2_of(load(top + i + v * LANES) - shift[v]);
+          sum[v] = load(total + i + v * LANES) * shrink[v];
+        }
         for (int64_t k = 0; k < n; k++) {
           float* p = scores + k * step + i;
-          const Vector w = start[k] <= i ? exp2_of(load(p) - shift) : Vector{};
-          sum += w;
-          put(p, w);
+          const bool seen = start[k] <= i;
+          for (int v = 0; v < 2; v++) {
+            const Vector w = seen ? exp2_of(load(p + v * LANES) - shift[v]) : Vector{};
+            sum[v] += w;
+            put(p + v * LANES, w);
+          }
         }
-        put(top + i, most), put(total + i, sum);
-        if (from)
-          for (int64_t e = i; e < std::min(i + LANES, size()); e++)
-            for (int64_t d = 0; d < wide; d++) out[e * wide + d] *= shrink[e - i];
+        for (int v = 0; v < 2; v++) {
+          put(top + i + v * LANES, most[v]), put(total + i + v * LANES, sum[v]);
+          if (from)
+            for (int64_t e = 0; e < LANES; e++)
+              for (int64_t d = 0; d < wide; d++) out[(i + v * LANES + e) * wide + d] *= shrink[v][e];
+        }
       }
       gather(scores, value_row.data(), out, from, n);
     }
@@ -572,6 +577,7 @@ struct Worker {
       for (int64_t k = 0; k < n; k++) {
         float *s = scores + k * step, *t = grad_scores + k * step;
         for (int64_t i = 0; i < start[k]; i += LANES) put(s + i, Vector{}), put(t + i, Vector{});
+#pragma GCC unroll 2
         for (int64_t i = start[k]; i < high; i += LANES) {
           const Vector w = exp2_of(load(s + i) - load(top + i));
           put(s + i, w);
@@ -683,16 +689,6 @@ extern "C" int farfield_attend_backward(const Call* call) {
   }
   for (float* p : extra) std::free(p);
   return failed ? 1 : 0;
-}
-
-// Asks for large pages under a fresh buffer: first touching small ones costs as much as the arithmetic.
-extern "C" void farfield_large_pages(void* start, int64_t bytes) {
-#ifdef __linux__
-  const uintptr_t page = 4096, first = ((uintptr_t)start + page - 1) / page * page, end = (uintptr_t)start + bytes;
-  if (end > first) madvise((void*)first, end - first, MADV_HUGEPAGE);
-#else
-  (void)start, (void)bytes;
-#endif
 }
 
 // Pyramids -----------------------------------------------------------------------------------------------------------

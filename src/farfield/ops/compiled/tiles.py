@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from farfield.ops.compiled import build
 from farfield.ops.compiled.build import library
+from farfield.ops.memory import empty, zeros
 from farfield.ops.tiles import Dropout, Gradients, Lists
 
-__all__ = ["DTYPES", "attend", "attend_backward", "delta", "empty", "pointer", "why_not"]
+__all__ = ["DTYPES", "attend", "attend_backward", "delta", "pointer", "why_not"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage that the library reads and writes, by its number there; it computes in float32."""
@@ -65,18 +65,6 @@ def pointer(x: Tensor | None) -> int | None:
         return None
     assert x.is_contiguous()
     return x.data_ptr()
-
-
-LARGE = 8 << 20
-"""Bytes from which a fresh buffer asks for large pages."""
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor; a large one asks for large pages, whose first use costs less."""
-    x = torch.empty(shape, dtype=dtype)
-    if x.nbytes >= LARGE:
-        library().farfield_large_pages(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes))
-    return x
 
 
 @lru_cache(maxsize=64)
@@ -150,8 +138,8 @@ def attend_backward(
     keys: list[Tensor | None] = []
     values: list[Tensor | None] = []
     for i, store in enumerate(lists.stores):
-        keys.append(empty(store.keys.shape, torch.float32).zero_() if owner[i] == i else None)
-        values.append(empty(store.values.shape, torch.float32).zero_() if owner[i] == i else None)
+        keys.append(zeros(store.keys.shape, torch.float32) if owner[i] == i else None)
+        values.append(zeros(store.values.shape, torch.float32) if owner[i] == i else None)
         prepared.stores[i].grad_keys, prepared.stores[i].grad_values = (
             pointer(keys[owner[i]]),
             pointer(values[owner[i]]),

@@ -10,6 +10,7 @@ from torch import Tensor
 from farfield.geometry import Geometry
 from farfield.ops.compiled import tiles
 from farfield.ops.compiled.pyramid import children, reduce, reduce_down
+from farfield.ops.memory import empty
 from farfield.ops.multipole import torch as engine
 from farfield.ops.multipole.engines import Request
 from farfield.ops.multipole.pyramid import Counts
@@ -44,7 +45,7 @@ def _up(
     rows = sum(layout.group_total(level) for level in range(1, levels + 1))
     out = []
     for side, tokens in enumerate((key, value)):
-        joined = tiles.empty((groups, rows * cells, dim), torch.float32)
+        joined = empty((groups, rows * cells, dim), torch.float32)
         below, start = tokens.reshape(groups, -1, dim), 0
         for level in range(1, levels + 1):
             into = joined[:, start : start + layout.group_total(level) * cells]

@@ -1,0 +1,170 @@
+"""The CPU engines beside scaled_dot_product_attention and beside the matrix rate, interleaved in one run.
+
+    python benchmarks/cpu.py --out runs/cpu.json
+
+Two tables. By length: B 1, H 8, D 64, float32, causal, block 64, rank 8; SDPA and both engines in turn, forward and
+forward+backward, medians and ratios; memory of forward+backward in sizes of q, as far as the process rises above its
+inputs. By form: causal, not causal, an image and a volume with the compiled engine, as a share of the rate of matrix
+products that is measured in the same turns, useful FLOPs only (``farfield bench`` says how they are counted). Every row
+is kept in OUT as soon as it is measured, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import farfield as ff
+from farfield.bench.case import Case
+from farfield.bench.ceilings import MatrixProduct
+from farfield.bench.memory import PeakMemory
+from farfield.bench.model import work_of
+from farfield.far import Pyramid
+from farfield.near import Blocks
+
+HEADS, DIM = 8, 64
+FORMS = {
+    "causal": ((65536,), 64, 8, True),
+    "not causal": ((65536,), 64, 8, False),
+    "image": ((256, 256), 8, 2, False),
+    "volume": ((32, 32, 32), 4, 1, False),
+}
+Run = Callable[[], object]
+
+
+def seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def inputs(tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    *leaves, grad = (torch.randn((1, HEADS, tokens, DIM), generator=generator) for _ in range(4))
+    return tuple(x.requires_grad_() for x in leaves), grad
+
+
+def runs(attention: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad: Tensor) -> tuple[Run, Run]:
+    def forward() -> object:
+        with torch.no_grad():
+            return attention(*leaves)
+
+    return forward, lambda: torch.autograd.grad(attention(*leaves), leaves, grad)
+
+
+def medians(calls: dict[str, Run], repeats: int, slow: frozenset[str] = frozenset()) -> dict[str, float]:
+    """Median seconds of every call, in turns; a ``slow`` one is called in the first three turns only."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name, call in calls.items():
+        if name not in slow:
+            call()
+    for turn in range(repeats):
+        for name, call in calls.items():
+            if name not in slow or turn < 3:
+                times[name].append(seconds(call))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def by_length(tokens: int, repeats: int) -> dict[str, Any]:
+    leaves, grad = inputs(tokens)
+    options = {"causal": True, "block": 64, "rank": 8}
+    calls: dict[str, Run] = {}
+    peak = {}
+    for engine in ("compiled", "torch"):
+        calls[f"{engine} f"], calls[f"{engine} fb"] = runs(
+            lambda q, k, v, e=engine: ff.multipole_attention(q, k, v, impl=e, **options), leaves, grad
+        )
+        calls[f"{engine} fb"]()
+        with PeakMemory() as rise:
+            calls[f"{engine} fb"]()
+        peak[engine] = None if rise.raised is None else rise.raised / leaves[0].nbytes
+    calls["sdpa f"], calls["sdpa fb"] = runs(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), leaves, grad
+    )
+    slow = frozenset(n for n in ("sdpa f", "sdpa fb") if tokens >= 16384)
+    if tokens > 32768:
+        slow, repeats = frozenset(slow), min(repeats, 5)
+        once = {name: seconds(calls.pop(name)) for name in ("sdpa f", "sdpa fb")}
+        return {"N": tokens, "seconds": {**medians(calls, repeats), **once}, "peak": peak, "repeats": repeats}
+    return {"N": tokens, "seconds": medians(calls, repeats, slow), "peak": peak, "repeats": repeats}
+
+
+def by_form(name: str, repeats: int) -> dict[str, Any]:
+    grid, block, rank, causal = FORMS[name]
+    case = Case(grid, causal=causal, heads=HEADS, head_dim=DIM)
+    work = work_of(Blocks(block), Pyramid(rank=rank), case)
+    assert work is not None
+    leaves, grad = inputs(case.tokens)
+    product = MatrixProduct("float32", "cpu")
+    f, fb = runs(
+        lambda q, k, v: ff.multipole_attention(
+            q, k, v, grid=grid, block=block, rank=rank, causal=causal, impl="compiled"
+        ),
+        leaves, grad,
+    )  # fmt: skip
+    times = medians({"f": f, "matrix": product.time, "fb": fb, "matrix again": product.time}, repeats)
+    rate = product.rate([times["matrix"], times["matrix again"]])
+    flops = {"f": work.flops(case, "forward"), "fb": work.flops(case, "backward")}
+    return {
+        "form": name, "grid": grid, "block": block, "rank": rank, "seconds": times, "matrix": rate,
+        "share": {m: flops[m] / times[m] / rate for m in flops}, "flops": flops,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384,65536")
+    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
+    found |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    asked = [("N", n) for n in args.lengths.split(",") if n] + [("form", n) for n in args.forms.split(",") if n]
+    for kind, name in asked:
+        key = f"{kind} {name}"
+        if key not in found["rows"]:
+            row = by_length(int(name), args.repeats) if kind == "N" else by_form(name, args.repeats)
+            found["rows"][key] = row
+            temporary = args.out.with_suffix(".tmp")
+            temporary.write_text(json.dumps(found, indent=1))
+            temporary.replace(args.out)
+            print(f"{key} done", flush=True)
+    print(f"\n{found['cores']} cores, {found['threads']} threads, torch {found['torch']}, {platform.machine()}\n")
+    print(
+        "| N | SDPA f | compiled f | ratio | torch f | ratio "
+        "| SDPA fb | compiled fb | ratio | torch fb | ratio | peak / q |"
+    )
+    print("|" + "---|" * 12)
+    for row in (r for k, r in found["rows"].items() if k.startswith("N")):
+        cells = [f"{row['N']:,}"]
+        for mode in ("f", "fb"):
+            s = row["seconds"]
+            cells.append(f"{1000 * s[f'sdpa {mode}']:.1f}")
+            for engine in ("compiled", "torch"):
+                t = s[f"{engine} {mode}"]
+                cells += [f"{1000 * t:.1f}", f"{s[f'sdpa {mode}'] / t:.1f}"]
+        cells.append(" / ".join(f"{p:.1f}" for p in row["peak"].values() if p is not None))
+        print(f"| {' | '.join(cells)} |")
+    print("\n| form | grid | block, rank | forward | share of matrix rate | forward+backward | share |")
+    print("|" + "---|" * 7)
+    for row in (r for k, r in found["rows"].items() if k.startswith("form")):
+        f, fb = (f"{1000 * row['seconds'][m]:.0f} ms | {100 * row['share'][m]:.0f} %" for m in ("f", "fb"))
+        grid = " x ".join(map(str, row["grid"]))
+        print(f"| {row['form']} | {grid} | {row['block']}, {row['rank']} | {f} | {fb} |")
+
+
+if __name__ == "__main__":
+    main()
