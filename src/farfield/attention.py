@@ -110,13 +110,16 @@ class Attention(nn.Module):
         Raises:
             ValueError: when shapes, grid, mask or segments do not fit; the message repeats what was given.
         """
-        inputs = self._inputs(x, grid, key_mask, cu_seqlens)
-        if self.near is not None and self.far is not None and self.merge is not None:
-            out = self.merge(self.near(inputs), self.far(inputs), inputs.x)
-        else:
-            out = self._only(inputs)
+        out = self.attend(self._inputs(x, grid, key_mask, cu_seqlens))
         mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return mixed
+
+    def attend(self, inputs: Inputs) -> Tensor:
+        """The layer between its projections, for whoever has queries, keys and values already: `[B, Hq, N, D]`."""
+        if self.near is not None and self.far is not None and self.merge is not None:
+            out: Tensor = self.merge(self.near(inputs), self.far(inputs), inputs.x)
+            return out
+        return self._only(inputs)
 
     def _only(self, inputs: Inputs) -> Tensor:
         """The output of the one part there is; some have a faster way to it when nobody needs the log-sum-exp."""

@@ -15,7 +15,9 @@ def build_app() -> typer.Typer:
     """Make the typer application. The commands import torch only when they run, so that help comes at once."""
     import typer
 
+    from farfield.commands.bench import bench_command
     from farfield.commands.compare import compare_command
+    from farfield.commands.doctor import doctor_command
     from farfield.commands.errors import plainly
     from farfield.commands.generate import generate_command
     from farfield.commands.recipes import recipes_command
@@ -49,6 +51,8 @@ def build_app() -> typer.Typer:
         ("generate", generate_command),
         ("show", show_command),
         ("recipes", recipes_command),
+        ("bench", bench_command),
+        ("doctor", doctor_command),
     ):
         app.command(name)(plainly(command))
     return app

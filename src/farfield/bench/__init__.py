@@ -4,7 +4,12 @@
 - ``cost``: time and memory of one attention layer by length;
 - ``compare``: the same language model trained once per attention;
 - ``verdict``: what the runs say, and how sure that is;
-- ``plots``, ``tables``, ``page``, ``report``: the figures, the terminal's tables, the HTML page, the files.
+- ``sweep``: any recipe beside others and beside peers, on ready queries, keys and values (``farfield bench``);
+- ``case``, ``subjects``, ``peers``: on what, and what is measured there;
+- ``model``, ``ceilings``: useful FLOPs, bytes and least time, and what the machine reaches at best;
+- ``timing``, ``machine``, ``doctor``: clocks and forecasts, what a number depends on, what an issue report needs;
+- ``plots``, ``tables``, ``html``, ``page``, ``report``, ``sweep_report``: figures, the terminal's tables, pages, files.
 
-The last line's modules need the extra ``cli`` (rich, matplotlib); the others need torch and numpy only.
+The last line's modules need the extra ``cli`` (rich, matplotlib), except ``html``; the others need torch and numpy
+only.
 """

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import platform
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ import torch
 
 from farfield import recipes
 from farfield.bench import cost as layer_cost
+from farfield.bench.machine import describe_machine
 from farfield.bench.memory import PeakMemory, is_out_of_memory
 from farfield.bench.pictures import pictures
 from farfield.data.text import Corpus, Split
@@ -274,34 +273,6 @@ class Watcher:
 
 class _Stopped(Exception):
     """The user asked to stop in the middle of a run."""
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    """Cores, threads, versions: what a time or a memory figure depends on."""
-    import farfield
-
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        cores = os.cpu_count() or 1
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    place = torch.device(device)
-    return {
-        "processor": processor,
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "farfield": getattr(farfield, "__version__", "unknown"),
-    }
 
 
 def describe_text(corpus: Corpus, split: Split) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from farfield.bench.memory import PeakMemory, available_bytes, is_out_of_memory
+from farfield.bench.timing import ahead, in_turns, seconds
 
 FIRST_LENGTH = 1024
 _OVERSHOOT = 2.0
@@ -72,26 +74,12 @@ class Cost:
 
 @dataclass
 class _Candidate:
-    """One attention still in the run, and what its last two lengths cost."""
+    """One attention still in the run, and (length, seconds) and (length, bytes) of what it has run."""
 
     name: str
     layer: nn.Module
-    calls: list[float] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)
-
-    def next_call(self) -> float:
-        return self._next(self.calls)
-
-    def next_memory(self) -> float:
-        return self._next(self.memory)
-
-    @staticmethod
-    def _next(values: list[float] | list[int]) -> float:
-        """The value at twice the length: the last growth goes on, within linear and quadratic; quadratic at first."""
-        if not values:
-            return 0.0
-        growth = values[-1] / max(values[-2], 1e-9) if len(values) > 1 else 4.0
-        return values[-1] * min(4.0, max(2.0, growth))
+    calls: list[tuple[int, float]] = field(default_factory=list)
+    memory: list[tuple[int, float]] = field(default_factory=list)
 
 
 def measure(
@@ -137,6 +125,7 @@ def measure(
     """
     device = torch.device(device)
     cost = Cost(dim, heads)
+    torch.ones(1, requires_grad=True).sum().backward()  # the first one of a process loads code, no layer should pay
     began = time.perf_counter()
     alive = [_Candidate(name, build().to(device)) for name, build in layers.items()]
     length = first
@@ -145,14 +134,14 @@ def measure(
             cost.interrupted = True
             break
         left = budget - (time.perf_counter() - began)
-        for candidate in sorted(alive, key=_Candidate.next_call):  # the cheap ones first: they go furthest
-            call = candidate.next_call()
-            ahead = _TURN * call * (2 if call > _LONG else 1 + repeats)
+        for candidate in sorted(alive, key=lambda c: ahead(c.calls, length)):  # cheap ones first: they go furthest
+            call = ahead(candidate.calls, length)
+            needed = _TURN * call * (2 if call > _LONG else 1 + repeats)
             reason = _refuse(candidate, length, call_limit, memory_limit, device)
-            if reason is None and ahead > left and candidate.calls:
+            if reason is None and needed > left and candidate.calls:
                 reason = f"{length:,} would not fit in the {budget:g} s for all measurements"
             if reason is None:
-                left -= ahead
+                left -= needed
             else:
                 cost.stopped[candidate.name] = reason
                 alive.remove(candidate)
@@ -180,17 +169,18 @@ def _refuse(
     """Why ``candidate`` must not try ``length``, or None."""
     if not candidate.calls:
         return None
-    last, ahead = candidate.calls[-1], candidate.next_call()
+    (before, last), call = candidate.calls[-1], ahead(candidate.calls, length)
     if last > call_limit:
-        return f"forward and backward took {last:.1f} s at {length // 2:,}, over the limit of {call_limit:g} s"
-    if ahead > _OVERSHOOT * call_limit:
-        return f"forward and backward at {length:,} would take about {ahead:.0f} s, over the limit of {call_limit:g} s"
+        return f"forward and backward took {last:.1f} s at {before:,}, over the limit of {call_limit:g} s"
+    if call > _OVERSHOOT * call_limit:
+        return f"forward and backward at {length:,} would take about {call:.0f} s, over the limit of {call_limit:g} s"
     if candidate.memory:
         free = available_bytes(device)
         room = memory_limit if memory_limit is not None else None if free is None else int(_MEMORY_SHARE * free)
-        if room is not None and candidate.next_memory() > room:
-            need = candidate.next_memory() / 2**30
-            return f"{length:,} would need about {need:.1f} GiB of memory, over the {room / 2**30:.1f} that may be used"
+        need = ahead(candidate.memory, length)
+        if room is not None and need > room:
+            wanted, allowed = need / 2**30, room / 2**30
+            return f"{length:,} would need about {wanted:.1f} GiB of memory, over the {allowed:.1f} that may be used"
     return None
 
 
@@ -217,48 +207,34 @@ def _one_length(
             continue
         memory[candidate.name] = peak.raised
         turns[candidate.name] = 1 if warm > _LONG else repeats
-    forward: dict[str, list[float]] = {name: [] for name in turns}
-    both: dict[str, list[float]] = {name: [] for name in turns}
-    for turn in range(repeats):
-        for candidate in alive:
-            if turn < turns.get(candidate.name, 0):
-                forward[candidate.name].append(_forward(candidate.layer, x, device))
-                both[candidate.name].append(_both(candidate.layer, x, grad, device))
+    calls: dict[tuple[str, bool], Callable[[], float]] = {}
+    for candidate in alive:
+        if candidate.name in turns:
+            calls[candidate.name, False] = partial(_forward, candidate.layer, x, device)
+            calls[candidate.name, True] = partial(_both, candidate.layer, x, grad, device)
+    times = in_turns(calls, {key: turns[key[0]] for key in calls})
     points = []
     for candidate in alive:
         name = candidate.name
         if name not in turns:
             continue
-        f, b = statistics.median(forward[name]), statistics.median(both[name])
-        candidate.calls.append(b)
+        f, b = statistics.median(times[name, False]), statistics.median(times[name, True])
+        candidate.calls.append((length, b))
         raised = memory[name]
         if raised is not None:
-            candidate.memory.append(raised)
-        points.append(CostPoint(name, length, f, b, raised, len(both[name])))
+            candidate.memory.append((length, raised))
+        points.append(CostPoint(name, length, f, b, raised, len(times[name, True])))
     return points
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _forward(layer: nn.Module, x: Tensor, device: torch.device) -> float:
     layer.eval()
-    _wait(device)
-    began = time.perf_counter()
     with torch.no_grad():
-        layer(x)
-    _wait(device)
-    return time.perf_counter() - began
+        return seconds(lambda: layer(x), device)
 
 
 def _both(layer: nn.Module, x: Tensor, grad: Tensor, device: torch.device) -> float:
     layer.train()
     layer.zero_grad(set_to_none=True)
     leaf = x.detach().requires_grad_(True)
-    _wait(device)
-    began = time.perf_counter()
-    layer(leaf).backward(grad)
-    _wait(device)
-    return time.perf_counter() - began
+    return seconds(lambda: layer(leaf).backward(grad), device)

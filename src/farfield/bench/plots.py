@@ -19,13 +19,15 @@ from farfield.explain.show import INK, MUTED, STYLE
 
 # Okabe and Ito's colours, told apart under any colour vision; markers differ too.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6d31")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_FIXED = {"dense": "#4b5563", "window": "#e69f00", "fma": "#0072b2"}
+# Then Tol's muted ones: with as many lines as that, markers have to help.
+_MORE = ("#332288", "#882255", "#999933", "#44aa99", "#aa4499", "#ddcc77", "#661100")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_FIXED = {"dense": "#4b5563", "window": "#e69f00", "fma": "#0072b2", "sdpa": "#111827"}
 
 
 def looks(attentions: Sequence[str]) -> dict[str, tuple[str, str]]:
     """(colour, marker) per attention: dense, window and fma always look the same, others take what is free."""
-    free = [colour for colour in _COLOURS if colour not in _FIXED.values()]
+    free = [colour for colour in (*_COLOURS, *_MORE) if colour not in _FIXED.values()]
     result = {}
     for i, name in enumerate(attentions):
         colour = _FIXED.get(name) or (free.pop(0) if free else _COLOURS[i % len(_COLOURS)])
@@ -50,19 +52,29 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Two spines and a quiet grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _powers(axes: Axes, values: Sequence[int]) -> None:
-    """Ticks of a logarithmic axis at the values themselves, thinned to at most nine, written 512, 1k, 64k."""
+def length_axis(axes: Axes, values: Sequence[int]) -> None:
+    """A logarithmic axis with ticks at the values themselves, thinned to at most nine, written 512, 1k, 64k."""
+    axes.set_xscale("log", base=2)
     shown = sorted(set(values))
     shown = shown[:: -(-len(shown) // 9)]
     axes.xaxis.set_major_locator(FixedLocator([float(v) for v in shown]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(int(v))))
+
+
+def amount_axis(axes: Axes) -> None:
+    """A logarithmic axis of amounts, ticks at 1, 2, 5 written out."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v < 1000 else f"{v:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def short(value: int) -> str:
@@ -100,9 +112,9 @@ def loss_figure(runs: Sequence[RunResult], yardsticks: Mapping[str, float], styl
             axes.set_xlabel(label)
             axes.set_xlim(left=0)
             axes.set_ylim(low, high)
-            _tidy(axes)
+            tidy(axes)
         panels[0].set_ylabel("bits per byte")
-        _legend(figure, style, [run.attention for run in runs])
+        legend(figure, style, [run.attention for run in runs])
         return figure
 
 
@@ -122,7 +134,8 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [float(v) for v in (total[index] - total[start]) / (index - start)]
 
 
-def _legend(figure: Figure, style: Looks, shown: Sequence[str], extra: Sequence[Any] = ()) -> None:
+def legend(figure: Figure, style: Looks, shown: Sequence[str], extra: Sequence[Any] = ()) -> None:
+    """The names that are shown, above the figure, in as many columns as its width has room for."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -132,7 +145,9 @@ def _legend(figure: Figure, style: Looks, shown: Sequence[str], extra: Sequence[
         for name, (colour, marker) in style.items()
         if name in shown
     ]
-    figure.legend(handles=[*handles, *extra], loc="outside upper left", ncols=8, handlelength=2.2)
+    longest = max(len(str(handle.get_label())) for handle in [*handles, *extra])
+    columns = max(1, min(8, int(figure.get_figwidth() / (0.75 + 0.08 * longest))))
+    figure.legend(handles=[*handles, *extra], loc="outside upper left", ncols=columns, handlelength=2.2)
 
 
 def position_figure(summaries: Sequence[Summary], style: Looks) -> Figure:
@@ -165,8 +180,8 @@ def position_figure(summaries: Sequence[Summary], style: Looks) -> Figure:
             axes.set_xticks(
                 places, names, rotation=30 if len(edges) > 6 else 0, ha="right" if len(edges) > 6 else "center"
             )
-            _tidy(axes)
-        _legend(figure, style, [s.attention for s in summaries])
+            tidy(axes)
+        legend(figure, style, [s.attention for s in summaries])
         return figure
 
 
@@ -199,17 +214,13 @@ def cost_figure(cost: Cost, style: Looks) -> Figure:
         if measured:
             panels[1].set_ylabel("peak memory in MiB")
         for axes in panels:
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v < 1000 else f"{v:,.0f}"))
-            axes.yaxis.set_minor_locator(NullLocator())
-            _powers(axes, [p.length for p in cost.points])
+            amount_axis(axes)
+            length_axis(axes, [p.length for p in cost.points])
             axes.set_xlabel("length in tokens")
-            _tidy(axes)
+            tidy(axes)
         kinds = [
             Line2D([], [], color=INK, linewidth=1.8, label="forward and backward"),
             Line2D([], [], color=INK, linewidth=1.1, linestyle=(0, (4, 2)), label="forward"),
         ]
-        _legend(figure, style, names, kinds)
+        legend(figure, style, names, kinds)
         return figure

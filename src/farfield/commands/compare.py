@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 
 from farfield.commands.errors import FAILED, INTERRUPTED
 from farfield.commands.interrupt import Interruption
-from farfield.commands.options import duration, duration_option, in_words, recipe_options
+from farfield.commands.options import device_option, duration, duration_option, in_words, probe, recipe_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +101,7 @@ def compare_command(
         batch=batch,
         lr=lr,
         eval_tokens=eval_tokens,
-        device=_device(device),
+        device=device_option(device),
         cost_seconds=duration(cost_budget) if cost else None,
     )
     settings.validate()
@@ -119,7 +118,7 @@ def compare_command(
                 resume=resume,
                 watcher=display,
                 should_stop=stop,
-                before_first_run=lambda: _probe(folder),
+                before_first_run=lambda: probe(folder),
             )
         except KeyboardInterrupt:
             display.close()
@@ -136,28 +135,6 @@ def compare_command(
         raise typer.Exit(INTERRUPTED)
     if not outcome.runs:
         raise typer.Exit(FAILED)
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from error
-    return name
-
-
-def _probe(folder: Path) -> None:
-    """A folder that cannot be written is better known before the first run than after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; give another --out") from error
 
 
 def _command_line(paths: Sequence[str], settings: Settings, folder: Path) -> str:

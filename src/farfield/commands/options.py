@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
-__all__ = ["duration", "duration_option", "in_words", "recipe_options"]
+__all__ = ["device_option", "duration", "duration_option", "in_words", "probe", "recipe_options", "words"]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smh]\s*)+")
@@ -75,3 +77,39 @@ def recipe_options(settings: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
+
+
+def words(text: str) -> list[str]:
+    """``a, b=[1,2]`` as ["a", "b=[1,2]"]: pieces between commas that stand in no brackets, without empty ones."""
+    return [piece.strip() for piece in re.split(r",(?![^\[]*\])", text) if piece.strip()]
+
+
+def device_option(name: str | None) -> str:
+    """A device that works; by default cuda where there is one, otherwise cpu.
+
+    Raises:
+        ValueError: when tensors cannot be made there.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def probe(folder: Path) -> None:
+    """Makes a folder and tries to write there: better known before the first run than after it.
+
+    Raises:
+        ValueError: when that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; give another --out") from error
