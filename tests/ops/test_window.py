@@ -61,6 +61,7 @@ def _cases(draw: st.DrawFn) -> dict[str, Any]:
         "causal": causal,
         "bounds": bounds,
         "masked": draw(st.booleans()),
+        "dim": draw(st.sampled_from((4, 16))),  # copied, and read in place by the compiled engine
         "heads": draw(st.sampled_from([(1, 1), (2, 1), (4, 2)])),
         "seed": draw(st.integers(0, 10**6)),
     }
@@ -77,7 +78,7 @@ def test_the_fast_engines_equal_the_reference(case: dict[str, Any], impl: str) -
     heads, kv_heads = case["heads"]
     tokens = math.prod(case["grid"])
     g = torch.Generator().manual_seed(case["seed"])
-    q, k, v = _qkv(2, heads, kv_heads, tokens, seed=case["seed"])
+    q, k, v = _qkv(2, heads, kv_heads, tokens, dim=case["dim"], seed=case["seed"])
     options: dict[str, Any] = {name: case[name] for name in ("grid", "window", "stride", "dilation", "causal")}
     options["key_mask"] = torch.rand(2, tokens, generator=g) < 0.5 if case["masked"] else None
     options["cu_seqlens"] = None if case["bounds"] is None else torch.tensor(case["bounds"])

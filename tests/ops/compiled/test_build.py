@@ -7,6 +7,9 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,32 @@ def test_two_processes_build_at_once_and_a_third_finds_it(tmp_path: Path) -> Non
     assert third.stdout == "right\n" and "built" not in third.stderr
 
 
+@needs_compiler
+@pytest.mark.parametrize("size", [0, 4096, 60000])
+def test_a_damaged_library_is_built_again(tmp_path: Path, size: int) -> None:
+    assert run(tmp_path).returncode == 0
+    ((name),) = libraries(tmp_path / "farfield")
+    path = tmp_path / "farfield" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    again = run(tmp_path)
+    assert again.stdout == "right\n" and "built in" in again.stderr
+    assert [p.read_bytes()[:4] for p in (tmp_path / "farfield").iterdir()] == [whole[:4]]
+
+
+@needs_compiler
+def test_a_library_of_other_things_is_not_used(tmp_path: Path) -> None:
+    """The right name, the right hash, and none of the functions."""
+    (tmp_path / "empty.cpp").write_text("int nothing;\n")
+    command = build.compiler()
+    assert command is not None
+    subprocess.run(
+        [*command.split(), "-shared", "-fPIC", str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "x.so")], check=True
+    )
+    with pytest.raises(OSError, match="not this engine"):
+        build._load(tmp_path / "x.so")
+
+
 def test_no_compiler(tmp_path: Path) -> None:
     done = run(tmp_path, PATH=str(tmp_path), CXX="")
     assert done.stdout == "right\n"
@@ -56,6 +85,38 @@ def test_no_compiler(tmp_path: Path) -> None:
 def test_a_compiler_that_is_named_and_missing(tmp_path: Path) -> None:
     done = run(tmp_path, CXX="nonesuch++ -m64")
     assert done.stdout == "right\n" and "nonesuch++" in done.stderr
+
+
+def test_a_compiler_that_is_no_command_line(tmp_path: Path) -> None:
+    done = run(tmp_path, CXX="g++ 'x")
+    assert done.stdout == "right\n" and "no command line" in done.stderr and "torch engine" in done.stderr
+
+
+@needs_compiler
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert build.cache_folder() is None and not build._usable(None)
+
+
+def test_threads_build_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+
+    def slow() -> build.Built:
+        built.append(1)
+        time.sleep(0.1)
+        return build.Built(None, "no", None)
+
+    monkeypatch.setattr(build, "_report", cache(slow))
+    threads = [threading.Thread(target=build.why_not) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [1]
 
 
 def test_a_compiler_that_fails(tmp_path: Path) -> None:
@@ -75,7 +136,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     """A file stands where the folder should be, which stops root, too."""
     (tmp_path / "farfield").write_text("in the way")
     done = run(tmp_path, TMPDIR=str(tmp_path))
-    assert done.stdout == "right\n" and "cannot be written" in done.stderr
+    assert done.stdout == "right\n" and "nothing can be kept in" in done.stderr
 
 
 @needs_compiler
@@ -84,8 +145,9 @@ def test_a_cache_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
     done = run(tmp_path, TMPDIR=str(tmp_path))
-    assert done.stdout == "right\n" and "cannot be written" in done.stderr
+    assert done.stdout == "right\n" and "nothing can be kept in" in done.stderr
     assert libraries(folder) == []
+    assert not list(tmp_path.glob("farfield-*"))  # nor does anything stay elsewhere
 
 
 def test_a_slow_compiler_is_given_up(
@@ -98,6 +160,6 @@ def test_a_slow_compiler_is_given_up(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "SECONDS", 1)
     with caplog.at_level(logging.WARNING, "farfield"):
-        built = build.report.__wrapped__()
+        built = build._report.__wrapped__()
     assert built.library is None and built.reason is not None and "longer than 1 s" in built.reason
     assert "torch engine" in caplog.text

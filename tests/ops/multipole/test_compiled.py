@@ -220,6 +220,16 @@ def test_float16_and_bfloat16_round_as_torch_does() -> None:
         )
         assert isinstance(out, Tensor)
         assert torch.equal(out, value)
+    # Subnormal numbers, also where the processor is told to take them for zero.
+    value = torch.arange(8, dtype=torch.int16).view(torch.float16).view(1, 1, 1, 8)
+    torch.set_flush_denormal(True)
+    try:
+        out = ff.multipole_attention(
+            torch.ones_like(value), torch.ones_like(value), value, block=1, rank=1, impl="compiled"
+        )
+    finally:
+        torch.set_flush_denormal(False)
+    assert isinstance(out, Tensor) and torch.equal(out, value)
     # Means of two need rounding: to the nearest, ties to even.
     for dtype in (torch.float16, torch.bfloat16):
         value = (torch.randn(5000, 1, 2, 8) * torch.logspace(-9, 4, 5000).view(-1, 1, 1, 1)).to(dtype)
@@ -228,6 +238,33 @@ def test_float16_and_bfloat16_round_as_torch_does() -> None:
         assert isinstance(out, Tensor)
         exact = (value[:, :, :1].float() * 0.5 + value[:, :, 1:].float() * 0.5).to(dtype)
         assert torch.equal(out[:, :, :1].nan_to_num(), exact.nan_to_num())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(default: torch.dtype) -> None:
+    """Tables that are made on the first call of a geometry serve every later one."""
+    q, k, v = (x.detach().float() for x in tensors(1, 2, 1, 307, 16))
+    options: dict[str, Any] = {"block": 16, "rank": 2, "causal": True, "sinks": 2}
+    torch.set_default_dtype(default)
+    try:
+        first = ff.multipole_attention(q, k, v, **options, impl="compiled")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wanted = ff.multipole_attention(q, k, v, **options, impl="torch")
+    assert isinstance(wanted, Tensor)
+    torch.testing.assert_close(first, wanted)
+
+
+def test_odd_strides_of_axes_of_length_one_and_wide_summaries() -> None:
+    k = torch.randn(2, 3, 1, 40).transpose(2, 3)
+    torch.testing.assert_close(
+        *(ff.multipole_attention(k, k, k, block=4, rank=2, impl=i) for i in ("compiled", "torch"))
+    )
+    x = torch.randn(1, 1, 64, 8)
+    ready = ff.Summaries(*(tuple(t.double() for t in side) for side in ff.summarise(x, x, block=8, rank=2)))
+    torch.testing.assert_close(
+        *(ff.multipole_attention(x, x, x, block=8, rank=2, summary=ready, impl=i) for i in ("compiled", "torch"))
+    )
 
 
 def test_it_is_chosen_where_it_can_run() -> None:

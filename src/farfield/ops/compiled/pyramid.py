@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import EMPTY, Geometry, Ints
-from farfield.ops.compiled.build import library
+from farfield.ops.compiled.build import check, library
 from farfield.ops.compiled.tiles import DTYPES, pointer
 
-__all__ = ["children", "reduce", "reduce_down"]
+__all__ = ["Reduction", "children", "reduce", "reduce_down"]
 
 
-class _Reduction(ctypes.Structure):
+class Reduction(ctypes.Structure):
+    """``struct Reduction`` of the library."""
+
     _fields_ = (
         *(
             (name, ctypes.c_int64)
-            for name in ("groups", "heads", "batches", "dim", "cells", "children", "below", "dtype", "threads")
+            for name in ("groups", "heads", "batches", "dim", "cells", "children", "dtype", "threads")
         ),
         ("below_stride", ctypes.c_int64),
         ("stride", ctypes.c_int64),
@@ -72,13 +74,13 @@ def children(geometry: Geometry, level: int) -> Tensor:
 
 def _reduction(
     below: Tensor, cells: Tensor, table: Tensor, heads: int, coefficients: Tensor | None, weight: Tensor | None
-) -> _Reduction:
+) -> Reduction:
     """``below`` [G, n, D] and ``cells`` [G, m, D] contiguous but for the first axis."""
     for x in (below, cells):
-        assert x.stride()[1:] == (x.shape[2], 1)
-    return _Reduction(
+        assert x[0].is_contiguous()
+    return Reduction(
         groups=below.shape[0], heads=heads, batches=0 if coefficients is None else coefficients.shape[0],
-        dim=below.shape[2], cells=table.shape[0], children=table.shape[1], below=below.shape[1],
+        dim=below.shape[2], cells=table.shape[0], children=table.shape[1],
         dtype=DTYPES[below.dtype], threads=torch.get_num_threads(), below_stride=below.stride(0),
         stride=cells.stride(0), table=pointer(table), coefficients=pointer(coefficients), weight=pointer(weight),
         weight_heads=0 if weight is None else weight.shape[0], source=below.data_ptr(), to=cells.data_ptr(),
@@ -99,7 +101,7 @@ def reduce(
         weight: [1 or H, children, D] float32 or None for 1 / children.
     """
     reduction = _reduction(below, cells, table, heads, coefficients, weight)
-    library().farfield_reduce(ctypes.byref(reduction))
+    check(library().farfield_reduce(ctypes.byref(reduction)))
 
 
 def reduce_down(
@@ -113,8 +115,8 @@ def reduce_down(
 ) -> Tensor | None:
     """Adds to ``grad_below`` the gradient of :func:`reduce` for ``grad`` of its cells; returns that of ``weight``."""
     reduction = _reduction(below, grad, table, heads, coefficients, weight)
-    assert grad_below.stride() == below.stride()
+    assert grad_below[0].is_contiguous() and (grad_below.shape[0] == 1 or grad_below.stride(0) == below.stride(0))
     grad_weight = None if weight is None else torch.zeros_like(weight)
     reduction.grad_from, reduction.grad_weight = grad_below.data_ptr(), pointer(grad_weight)
-    library().farfield_reduce_down(ctypes.byref(reduction))
+    check(library().farfield_reduce_down(ctypes.byref(reduction)))
     return grad_weight

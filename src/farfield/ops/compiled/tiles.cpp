@@ -16,7 +16,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #ifdef __AVX512F__
 constexpr int LANES = 16, TALL = 12;
@@ -81,8 +87,9 @@ static inline uint32_t to_bits(float f) {
 static inline float from_half(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
   if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | ((rest & 0x3ff) << 13));
-  // Multiplying by 2^112 moves the exponent to where it belongs, subnormal numbers included.
-  return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000)));
+  // Subnormal numbers as integers: a processor that flushes them to zero must not see them as such.
+  const float magnitude = rest < 0x400 ? (float)rest * from_bits(0x33800000) : from_bits((rest << 13) + 0x38000000);
+  return from_bits(sign | to_bits(magnitude));
 }
 
 static inline uint16_t to_half(float f) {
@@ -237,9 +244,17 @@ struct Call {
 
 }  // extern "C"
 
+static inline int thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 static inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Memory that a thread keeps.
+// Floats from the start of a line of the cache, handed out one after another.
 struct Scratch {
   std::vector<float> memory;
   size_t used = 0;
@@ -374,7 +389,7 @@ struct Worker {
         key_row(KEYS), value_row(KEYS), score_row(KEYS), grad_score_row(KEYS), grad_key_row(KEYS),
         grad_value_row(KEYS), start(KEYS) {
     const int64_t small = wide * step, tall = KEYS * step, copies = KEYS * wide;
-    scratch.start(8 * small + 2 * tall + 4 * copies + 4 * high);
+    scratch.start(6 * small + 2 * tall + 4 * copies + 4 * high);
     query_t = scratch.take(small), out = scratch.take(small), scores = scratch.take(tall);
     keys = scratch.take(copies), values = scratch.take(copies);
     top = scratch.take(high), total = scratch.take(high), delta = scratch.take(high);
@@ -498,11 +513,18 @@ struct Worker {
     }
   }
 
-  // row[k][..] += sum over queries of weights[k][i] x[i][..]
+  // row[k][..] += sum over queries of weights[k][i] x[i][..]. A tile loads all its rows before it stores any, so a row
+  // that a list holds twice (some queries of a unit may see one place, others another) has to be added to one by one.
   void scatter(float* const* weights, const float* x, float* const* row, int64_t n) {
-    for (int64_t i = 0; i < n; i += TALL)
-      row_tiles<true>((int)std::min<int64_t>(TALL, n - i), weights + i, row + i, start[i], size(), x, wide, 0, wide,
-                      nullptr);
+    for (int64_t i = 0; i < n; i += TALL) {
+      const int64_t end = std::min<int64_t>(i + TALL, n);
+      bool distinct = true;
+      for (int64_t a = i; a < end; a++)
+        for (int64_t b = i; b < a; b++) distinct &= row[a] != row[b];
+      const int64_t tall = distinct ? end - i : 1;
+      for (int64_t k = i; k < end; k += tall)
+        row_tiles<true>((int)tall, weights + k, row + k, start[k], size(), x, wide, 0, wide, nullptr);
+    }
   }
 
   void forward_span() {
@@ -579,7 +601,9 @@ struct Worker {
         for (int64_t i = 0; i < start[k]; i += LANES) put(s + i, Vector{}), put(t + i, Vector{});
 #pragma GCC unroll 2
         for (int64_t i = start[k]; i < high; i += LANES) {
-          const Vector w = exp2_of(load(s + i) - load(top + i));
+          // No weight is above 1, but scores of 1e5 are rounded so far that their difference can say so.
+          const Vector x = load(s + i) - load(top + i);
+          const Vector w = exp2_of(x > Vector{} ? Vector{} : x);
           put(s + i, w);
           put(t + i, w * (load(t + i) - load(delta + i)));
         }
@@ -603,15 +627,35 @@ struct Worker {
   }
 };
 
-extern "C" void farfield_attend(const Call* call) {
-  const Call& c = *call;
+// Runs what may run out of memory; 1 where it did. Nothing may be thrown inside a parallel region: what it needs is
+// taken before.
+template <class F>
+static int guarded(F work) {
+  try {
+    work();
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+struct Workers {
+  std::vector<std::unique_ptr<Worker>> each;
+  Workers(const Call& c, const RowBias& rows, bool backward) {
+    for (int64_t i = 0; i < c.threads; i++) each.emplace_back(new Worker(c, rows, backward));
+  }
+  Worker& mine() { return *each[thread()]; }
+};
+
+static void attend(const Call& c) {
   const RowBias rows(c);
   const std::vector<Span> cut = spans(c);
   const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, c.units * c.groups / (4 * c.threads)));
   const int64_t runs = (c.units + run - 1) / run, tasks = c.groups * runs;
+  Workers workers(c, rows, false);
 #pragma omp parallel num_threads((int)c.threads)
   {
-    Worker worker(c, rows, false);
+    Worker& worker = workers.mine();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) {
       worker.g = task / runs;
@@ -627,68 +671,85 @@ extern "C" void farfield_attend(const Call* call) {
   }
 }
 
-// Different groups share no keys, so that every group is a task of its own; where there are fewer groups than threads,
-// the units of a group are cut into parts, whose gradients are kept apart and added in order.
-extern "C" int farfield_attend_backward(const Call* call) {
-  const Call& c = *call;
-  const RowBias rows(c);
-  const std::vector<Span> cut = spans(c);
-  int64_t parts = 1;
-  while (parts < c.units && (c.groups * parts) % c.threads && c.groups * parts < 4 * c.threads) parts++;
-  std::vector<int64_t> offsets;
-  std::vector<std::pair<float*, int64_t>> owners;  // distinct gradient buffers
-  int64_t floats = 0;
-  for (int64_t s = 0; s < c.number; s++)
-    for (float* buffer : {c.stores[s].grad_keys, c.stores[s].grad_values}) {
-      int64_t at = -1;
-      for (size_t i = 0, sum = 0; i < owners.size(); sum += owners[i].second, i++)
-        if (owners[i].first == buffer) at = (int64_t)sum;
-      if (at < 0) {
-        at = floats;
-        owners.push_back({buffer, c.groups * c.stores[s].rows * c.stores[s].width * c.dim});
-        floats += owners.back().second;
-      }
-      offsets.push_back(at);
-    }
-  std::vector<float*> extra(parts, nullptr);
-  bool failed = false;
-  for (int64_t p = 1; p < parts; p++) failed |= !(extra[p] = (float*)std::calloc(floats, 4));
-  const int64_t heads = c.grad_head ? c.repeat * c.list : 0;
-  std::vector<float> head_sums(heads * c.groups * parts);
-  if (!failed) {
-#pragma omp parallel num_threads((int)c.threads)
-    {
-      Worker worker(c, rows, true);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < c.groups * parts; task++) {
-        const int64_t part = task % parts;
-        worker.g = task / parts;
-        for (worker.u = c.units * part / parts; worker.u < c.units * (part + 1) / parts; worker.u++) {
-          worker.list.read(c, rows, worker.g, worker.u, extra[part], offsets.data());
-          for (const Span& span : cut) {
-            worker.span = span;
-            worker.backward_span(heads ? head_sums.data() + task * heads : nullptr);
-          }
-        }
-      }
-      for (int64_t p = 1; p < parts; p++) {
-        int64_t at = 0;
+extern "C" int farfield_attend(const Call* call) {
+  return guarded([=] { attend(*call); });
+}
+
+// Gradients of keys and values. Different groups share no keys, so that every group is a task of its own; where there
+// are fewer groups than threads, the units of a group are cut into parts, whose gradients are kept apart and added in
+// order: never with atomics, so that results repeat.
+constexpr int64_t PARTS = 8;  // at most: each has memory of its own
+
+struct Parts {
+  int64_t count;
+  std::vector<int64_t> offsets;                          // of keys and values of every store in the memory of a part
+  std::vector<std::pair<float*, int64_t>> owners;        // distinct gradient buffers and their sizes
+  std::vector<std::unique_ptr<float, decltype(&std::free)>> memory;  // of all parts but the first
+
+  explicit Parts(const Call& c) {
+    count = std::max<int64_t>(1, std::min({(c.threads + c.groups - 1) / c.groups, PARTS, c.units}));
+    int64_t floats = 0;
+    for (int64_t s = 0; s < c.number; s++)
+      for (float* buffer : {c.stores[s].grad_keys, c.stores[s].grad_values}) {
+        int64_t at = -1, sum = 0;
         for (const auto& owner : owners) {
-          const float* from = extra[p] + at;
-          float* to = owner.first;
-#pragma omp for schedule(static)
-          for (int64_t i = 0; i < owner.second; i++) to[i] += from[i];
-          at += owner.second;
+          if (owner.first == buffer) at = sum;
+          sum += owner.second;
         }
+        if (at < 0) {
+          at = floats;
+          owners.push_back({buffer, c.groups * c.stores[s].rows * c.stores[s].width * c.dim});
+          floats += owners.back().second;
+        }
+        offsets.push_back(at);
       }
-    }
-    for (int64_t task = 0; heads && task < c.groups * parts; task++) {
-      float* to = c.grad_head + (task / parts) % (c.groups / c.batch) * heads;
-      for (int64_t i = 0; i < heads; i++) to[i] += head_sums[task * heads + i];
+    for (int64_t p = 1; p < count; p++) {
+      memory.emplace_back((float*)std::calloc(std::max<int64_t>(floats, 1), 4), &std::free);
+      if (!memory.back()) throw std::bad_alloc();
     }
   }
-  for (float* p : extra) std::free(p);
-  return failed ? 1 : 0;
+  const float* extra(int64_t part) const { return part ? memory[part - 1].get() : nullptr; }
+};
+
+static void attend_backward(const Call& c) {
+  const RowBias rows(c);
+  const std::vector<Span> cut = spans(c);
+  const Parts parts(c);
+  Workers workers(c, rows, true);
+  const int64_t tasks = c.groups * parts.count, heads = c.grad_head ? c.repeat * c.list : 0;
+  std::vector<float> head_sums(heads * tasks);
+#pragma omp parallel num_threads((int)c.threads)
+  {
+    Worker& worker = workers.mine();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t part = task % parts.count;
+      worker.g = task / parts.count;
+      for (worker.u = c.units * part / parts.count; worker.u < c.units * (part + 1) / parts.count; worker.u++) {
+        worker.list.read(c, rows, worker.g, worker.u, parts.extra(part), parts.offsets.data());
+        for (const Span& span : cut) {
+          worker.span = span;
+          worker.backward_span(heads ? head_sums.data() + task * heads : nullptr);
+        }
+      }
+    }
+    for (int64_t p = 1; p < parts.count; p++) {
+      const float* from = parts.extra(p);
+      for (const auto& owner : parts.owners) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < owner.second; i++) owner.first[i] += from[i];
+        from += owner.second;
+      }
+    }
+  }
+  for (int64_t task = 0; heads && task < tasks; task++) {
+    float* to = c.grad_head + (task / parts.count) % (c.groups / c.batch) * heads;
+    for (int64_t i = 0; i < heads; i++) to[i] += head_sums[task * heads + i];
+  }
+}
+
+extern "C" int farfield_attend_backward(const Call* call) {
+  return guarded([=] { attend_backward(*call); });
 }
 
 // Pyramids -----------------------------------------------------------------------------------------------------------
@@ -696,7 +757,7 @@ extern "C" int farfield_attend_backward(const Call* call) {
 extern "C" {
 
 struct Reduction {
-  int64_t groups, heads, batches, dim, cells, children, below, dtype, threads;  // batches: of coefficients, 0: none
+  int64_t groups, heads, batches, dim, cells, children, dtype, threads;  // batches: of coefficients, 0: none
   int64_t below_stride, stride;         // floats (elements) between groups, of what is below and of the cells
   const int32_t* table;                 // [cells, children], -1: none
   const float* coefficients;            // [batches, cells, children] or null
@@ -727,12 +788,12 @@ struct Cell {
 
 constexpr int64_t RUN = 512;  // cells to a task
 
-extern "C" void farfield_reduce(const Reduction* reduction) {
-  const Reduction& r = *reduction;
+static void reduce(const Reduction& r) {
   const int64_t runs = (r.cells + RUN - 1) / RUN;
+  std::vector<float> memory(r.threads * r.dim);
 #pragma omp parallel num_threads((int)r.threads)
   {
-    std::vector<float> row(r.dim);
+    float* const row = memory.data() + thread() * r.dim;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < r.groups * runs; task++) {
       const Cell at(r, task / runs);
@@ -747,8 +808,8 @@ extern "C" void farfield_reduce(const Reduction* reduction) {
           const int64_t place = at.g * r.below_stride + child * r.dim;
           const float* from = (const float*)r.from + place;
           if (r.dtype != FLOAT) {
-            read(r.from, place, (int)r.dtype, r.dim, row.data());
-            from = row.data();
+            read(r.from, place, (int)r.dtype, r.dim, row);
+            from = row;
           }
           if (at.weight) {
             const float* w = at.weight + i * r.dim;
@@ -763,13 +824,17 @@ extern "C" void farfield_reduce(const Reduction* reduction) {
   }
 }
 
-extern "C" void farfield_reduce_down(const Reduction* reduction) {
-  const Reduction& r = *reduction;
+extern "C" int farfield_reduce(const Reduction* reduction) {
+  return guarded([=] { reduce(*reduction); });
+}
+
+static void reduce_down(const Reduction& r) {
   const int64_t runs = (r.cells + RUN - 1) / RUN, size = r.grad_weight ? r.children * r.dim : 0;
   std::vector<float> sums(r.groups * runs * size);
+  std::vector<float> memory(r.threads * r.dim);
 #pragma omp parallel num_threads((int)r.threads)
   {
-    std::vector<float> row(r.dim);
+    float* const row = memory.data() + thread() * r.dim;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < r.groups * runs; task++) {
       const Cell at(r, task / runs);
@@ -788,8 +853,8 @@ extern "C" void farfield_reduce_down(const Reduction* reduction) {
             if (size) {
               const float* from = (const float*)r.from + place;
               if (r.dtype != FLOAT) {
-                read(r.from, place, (int)r.dtype, r.dim, row.data());
-                from = row.data();
+                read(r.from, place, (int)r.dtype, r.dim, row);
+                from = row;
               }
               float* sum = sums.data() + task * size + i * r.dim;
               for (int64_t d = 0; d < r.dim; d++) sum[d] += x * grad[d] * from[d];
@@ -809,26 +874,38 @@ extern "C" void farfield_reduce_down(const Reduction* reduction) {
   }
 }
 
+extern "C" int farfield_reduce_down(const Reduction* reduction) {
+  return guarded([=] { reduce_down(*reduction); });
+}
+
 // delta[i] = sum_d a[i][d] b[i][d] - less[i]
-extern "C" void farfield_delta(const void* a, const void* b, const float* less, float* delta, int64_t rows, int64_t dim,
-                               int64_t dtype, int64_t threads) {
+extern "C" int farfield_delta(const void* a, const void* b, const float* less, float* delta, int64_t rows, int64_t dim,
+                              int64_t dtype, int64_t threads) {
+  return guarded([=] {
+    std::vector<float> memory(2 * threads * dim);
 #pragma omp parallel num_threads((int)threads)
-  {
-    std::vector<float> x(dim), y(dim);
+    {
+      float *const x = memory.data() + 2 * thread() * dim, *const y = x + dim;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
-      const float *p = (const float*)a + i * dim, *q = (const float*)b + i * dim;
-      if (dtype != FLOAT) {
-        read(a, i * dim, (int)dtype, dim, x.data()), read(b, i * dim, (int)dtype, dim, y.data());
-        p = x.data(), q = y.data();
+      for (int64_t i = 0; i < rows; i++) {
+        const float *p = (const float*)a + i * dim, *q = (const float*)b + i * dim;
+        if (dtype != FLOAT) {
+          read(a, i * dim, (int)dtype, dim, x), read(b, i * dim, (int)dtype, dim, y);
+          p = x, q = y;
+        }
+        Vector sum{};
+        int64_t d = 0;
+        for (; d + LANES <= dim; d += LANES) sum += load(p + d) * load(q + d);
+        float whole = 0.0f;
+        for (int j = 0; j < LANES; j++) whole += sum[j];
+        for (; d < dim; d++) whole += p[d] * q[d];
+        delta[i] = whole - less[i];
       }
-      Vector sum{};
-      int64_t d = 0;
-      for (; d + LANES <= dim; d += LANES) sum += load(p + d) * load(q + d);
-      float whole = 0.0f;
-      for (int j = 0; j < LANES; j++) whole += sum[j];
-      for (; d < dim; d++) whole += p[d] * q[d];
-      delta[i] = whole - less[i];
     }
-  }
+  });
+}
+
+// So that a caller can see that it speaks of the same structures.
+extern "C" int64_t farfield_size(int64_t of) {
+  return of == 0 ? sizeof(Store) : of == 1 ? sizeof(Call) : sizeof(Reduction);
 }

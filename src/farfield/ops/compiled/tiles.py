@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farfield.ops.compiled import build
-from farfield.ops.compiled.build import library
+from farfield.ops.compiled.build import check, library
 from farfield.ops.memory import empty, zeros
 from farfield.ops.tiles import Dropout, Gradients, Lists
 
@@ -30,17 +30,21 @@ def why_not(device: torch.device, dtype: torch.dtype, dropout: bool) -> str | No
     return build.why_not()
 
 
-class _Store(ctypes.Structure):
+class Store(ctypes.Structure):
+    """``struct Store`` of the library."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "grad_keys", "grad_values", "table")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "places", "dtype")),
     )
 
 
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
+    """``struct Call`` of the library."""
+
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("groups", "repeat", "units", "queries", "dim", "batch", "list")),
-        ("stores", ctypes.POINTER(_Store)),
+        ("stores", ctypes.POINTER(Store)),
         ("number", ctypes.c_int64),
         ("query", ctypes.c_void_p),
         ("key_bias", ctypes.c_void_p),
@@ -78,15 +82,19 @@ class _Prepared:
     def __init__(self, query: Tensor, lists: Lists, batch: int, scale: float) -> None:
         query = query.contiguous()
         groups, repeat, units, rows, dim = query.shape
-        self.stores = (_Store * len(lists.stores))()
+        self.stores = (Store * len(lists.stores))()
         self.kept: list[Tensor | None] = [query]
+        wanted = [(b, torch.float32) for b in (lists.key_bias, lists.head_bias, lists.row_bias)]
+        for x, dtype in (*wanted, *((store.table, torch.int64) for store in lists.stores)):
+            if x is not None and x.dtype != dtype:
+                raise TypeError(f"the compiled engine was given a table or bias of {x.dtype}, it reads {dtype}")
         for into, store in zip(self.stores, lists.stores, strict=True):
             into.keys, into.values = self.keep(store.keys), self.keep(store.values)
             into.table = self.keep(store.table)
             _, into.rows, into.width, _ = store.keys.shape
             into.places, into.dtype = store.table.shape[1], DTYPES[store.keys.dtype]
         key_bias = None if lists.key_bias is None else lists.key_bias.contiguous()
-        self.call = _Call(
+        self.call = Call(
             groups=groups, repeat=repeat, units=units, queries=rows, dim=dim, batch=batch, list=lists.width,
             stores=self.stores, number=len(lists.stores), query=self.keep(query), key_bias=self.keep(key_bias),
             biases=0 if key_bias is None else key_bias.shape[0], head_bias=self.keep(lists.head_bias),
@@ -100,8 +108,6 @@ class _Prepared:
 
     def keep(self, x: Tensor | None) -> int | None:
         """Address of ``x``, which stays alive as long as the call."""
-        if x is not None and x.is_floating_point() and x.dtype not in DTYPES:
-            raise TypeError(f"the compiled engine computes in float32, not {x.dtype}")
         self.kept.append(x)
         return pointer(x)
 
@@ -115,7 +121,7 @@ def attend(
     out = empty(query.shape, query.dtype)
     lse = empty(query.shape[:-1], torch.float32)
     prepared.call.out, prepared.call.lse = pointer(out), pointer(lse)
-    library().farfield_attend(ctypes.byref(prepared.call))
+    check(library().farfield_attend(ctypes.byref(prepared.call)))
     return out, lse
 
 
@@ -152,8 +158,7 @@ def attend_backward(
     call.delta = prepared.keep(delta.float().contiguous())
     call.lse = prepared.keep(lse.float().contiguous())
     call.grad_query, call.grad_head = pointer(grad_query), pointer(grad_head)
-    if library().farfield_attend_backward(ctypes.byref(call)):
-        raise MemoryError("not enough memory for the gradients of keys and values, one copy per thread and group")
+    check(library().farfield_attend_backward(ctypes.byref(call)))
     return Gradients(grad_query, keys, values, grad_head)
 
 
@@ -161,9 +166,10 @@ def delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> Tensor:
     """[..] rowsum(grad_out * out) - grad_lse in float32, of [.., D] and [..]."""
     rows = empty(grad_lse.shape, torch.float32)
     a, b, less = grad_out.to(out.dtype).contiguous(), out.contiguous(), grad_lse.float().contiguous()
-    library().farfield_delta(
-        ctypes.c_void_p(pointer(a)), ctypes.c_void_p(pointer(b)), ctypes.c_void_p(pointer(less)),
-        ctypes.c_void_p(pointer(rows)), ctypes.c_int64(rows.numel()), ctypes.c_int64(out.shape[-1]),
-        ctypes.c_int64(DTYPES[out.dtype]), ctypes.c_int64(torch.get_num_threads()),
+    check(
+        library().farfield_delta(
+            pointer(a), pointer(b), pointer(less), pointer(rows), rows.numel(), out.shape[-1], DTYPES[out.dtype],
+            torch.get_num_threads(),
+        )
     )  # fmt: skip
     return rows

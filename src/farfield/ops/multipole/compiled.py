@@ -40,7 +40,8 @@ def _up(
     summary: Summary, key: Tensor, value: Tensor, valid: Tensor, counts: Counts, layout: Geometry, levels: int
 ) -> tuple[Tensor, Tensor]:
     if not _linear(summary) or not levels:
-        return engine.KERNELS.up(summary, key, value, valid, counts, layout, levels)
+        keys, values = engine.KERNELS.up(summary, key, value, valid, counts, layout, levels)
+        return keys.float(), values.float()  # ready summaries may be wider
     heads, (groups, cells, dim) = key.shape[1], (key.shape[0] * key.shape[1], layout.cells_per_group, key.shape[3])
     rows = sum(layout.group_total(level) for level in range(1, levels + 1))
     out = []

@@ -228,7 +228,7 @@ def _row_bias(
     places = 0 if sink is None else sink.shape[1]
     early = -(-places // size)
     row_class = np.zeros(blocks, dtype=np.int64)
-    bias = torch.zeros(1 + early, size, near * size + places)
+    bias = torch.zeros(1 + early, size, near * size + places, dtype=torch.float32)
     bias[:, :, :size] = torch.full((size, size), -torch.inf).triu(1)
     for b in range(early):
         later = torch.arange(places) > torch.arange(b * size, (b + 1) * size)[:, None]

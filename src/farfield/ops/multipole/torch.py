@@ -150,7 +150,7 @@ class _Visible:
         return self._hide(self.plan.far[level], self._cell_bias(level))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _all_visible(plan: Plan, levels: int, dtype: torch.dtype, count_bias: bool) -> _Visible:
     return _Visible(plan, None, levels, dtype, count_bias)
@@ -182,7 +182,7 @@ class _Call:
         self.levels = self.layout.levels if s.far else 0
         self.key_mask = key_mask
         traced = type(self.plan.filled) is not Tensor
-        if key_mask is None and not traced:
+        if key_mask is None and cu_seqlens is None and not traced:  # packings seldom come twice
             self.visible = _all_visible(self.plan, self.levels, self.dtype, s.count_bias)
         else:
             self.visible = _Visible(self.plan, key_mask, self.levels, self.dtype, s.count_bias)

@@ -320,7 +320,11 @@ def window_plan(
     with torch.inference_mode(False):
         bias = None
         if not masks.all():
-            bias = torch.zeros(masks.shape).masked_fill_(~torch.from_numpy(masks), float("-inf")).to(device)
+            bias = (
+                torch.zeros(masks.shape, dtype=torch.float32)
+                .masked_fill_(~torch.from_numpy(masks), float("-inf"))
+                .to(device)
+            )
         return Plan(
             units=prod(units),
             rows=rows,
