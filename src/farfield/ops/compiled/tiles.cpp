@@ -43,27 +43,33 @@ constexpr float NONE = -std::numeric_limits<float>::infinity();
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+
+#ifdef __clang__
+#define shuffle(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define shuffle(a, b, i, j, k, l) __builtin_shuffle(a, b, FourInts{i, j, k, l})
+#endif
 
 static inline Vector load(const float* p) { return *(const Loose*)p; }
 static inline void put(float* p, Vector v) { *(Loose*)p = v; }
 static inline Vector all(float x) { return x - Vector{}; }
 
-// 2^x for x <= 0 with a relative error below 2e-7; 0 below 2^-126; NaN stays NaN.
+// 2^x for x <= 0 with a relative error below 2e-7; 0 below 2^-126.5, where the exponent's bits are 0; NaN stays NaN.
 static inline Vector exp2_of(Vector x) {
-  const Vector low = all(-126.0f), magic = all(12582912.0f);
-  Vector y = x < low ? low : x;
-  Vector t = y + magic;
-  Vector f = y - (t - magic);
-  Vector p = all(1.5403529e-4f);
-  p = p * f + 1.3400432e-3f;
-  p = p * f + 9.6181290e-3f;
-  p = p * f + 5.5503324e-2f;
-  p = p * f + 2.4022651e-1f;
+  const Vector low = all(-127.0f), magic = all(12582912.0f);
+  const Vector y = x < low ? low : x;
+  const Vector t = y + magic;
+  const Vector f = y - (t - magic);
+  Vector p = all(1.5337577e-4f);
+  p = p * f + 1.3399860e-3f;
+  p = p * f + 9.6185198e-3f;
+  p = p * f + 5.5503290e-2f;
+  p = p * f + 2.4022646e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  Ints n = ((Ints)t - (Ints)magic + 127) << 23;
-  p = p * (Vector)n;
-  return x < low ? Vector{} : p;
+  return p * (Vector)(((Ints)t - (Ints)magic + 127) << 23);
 }
 
 // Storage: float32, bfloat16, float16 --------------------------------------------------------------------------------
@@ -254,18 +260,30 @@ static inline int thread() {
 
 static inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Floats from the start of a line of the cache, handed out one after another.
+// Memory that a thread keeps from call to call (under a megabyte or two): taking it fresh would cost more than a short
+// call. Floats from the start of a line of the cache are handed out one after another.
 struct Scratch {
-  std::vector<float> memory;
-  size_t used = 0;
+  struct Kept {
+    void* memory = nullptr;
+    size_t floats = 0;
+    ~Kept() { std::free(memory); }
+  };
+  float* next = nullptr;
 
   void start(size_t floats) {
-    if (memory.size() < floats + LANES) memory.resize(floats + LANES);
-    used = (16 - ((uintptr_t)memory.data() / 4) % 16) % 16;
+    static thread_local Kept kept;
+    if (kept.floats < floats) {
+      std::free(kept.memory);
+      kept.floats = 0;
+      kept.memory = std::malloc((floats + 16) * 4);
+      if (!kept.memory) throw std::bad_alloc();
+      kept.floats = floats;
+    }
+    next = (float*)up_to((int64_t)(uintptr_t)kept.memory, 64);
   }
   float* take(int64_t floats) {
-    float* p = memory.data() + used;
-    used += floats;
+    float* p = next;
+    next += floats;
     return p;
   }
 };
@@ -410,17 +428,25 @@ struct Worker {
   void matrix(const void* from, float* to, float factor) {
     for (int64_t i = 0; i < size(); i++) {
       read(from, place(i) * c.dim, (int)c.dtype, c.dim, to + i * wide);
-      for (int64_t d = 0; d < c.dim; d++) to[i * wide + d] *= factor;
+      if (factor != 1.0f)
+        for (int64_t d = 0; d < c.dim; d++) to[i * wide + d] *= factor;
       for (int64_t d = c.dim; d < wide; d++) to[i * wide + d] = 0.0f;
     }
     std::memset(to + size() * wide, 0, (high - size()) * wide * 4);
   }
 
-  // to[d][i] = from[i][d] * factor
+  // to[d][i] = from[i][d] * factor, four by four
   void transpose(const float* from, float* to, float factor) {
-    for (int64_t d = 0; d < c.dim; d += 8)
-      for (int64_t i = 0; i < high; i++)
-        for (int64_t e = d; e < std::min(d + 8, c.dim); e++) to[e * step + i] = from[i * wide + e] * factor;
+    for (int64_t d = 0; d < wide; d += 4)
+      for (int64_t i = 0; i < high; i += 4) {
+        Four r[4];
+        for (int j = 0; j < 4; j++) std::memcpy(&r[j], from + (i + j) * wide + d, 16), r[j] *= factor;
+        const Four a = shuffle(r[0], r[1], 0, 4, 1, 5), b = shuffle(r[0], r[1], 2, 6, 3, 7);
+        const Four e = shuffle(r[2], r[3], 0, 4, 1, 5), f = shuffle(r[2], r[3], 2, 6, 3, 7);
+        const Four t[4] = {shuffle(a, e, 0, 1, 4, 5), shuffle(a, e, 2, 3, 6, 7), shuffle(b, f, 0, 1, 4, 5),
+                           shuffle(b, f, 2, 3, 6, 7)};
+        for (int j = 0; j < 4; j++) std::memcpy(to + (d + j) * step + i, &t[j], 16);
+      }
   }
 
   // Points key_row and value_row at keys [from, from + n) of the list, copied where they cannot be read in place.
@@ -639,25 +665,31 @@ static int guarded(F work) {
   }
 }
 
-struct Workers {
-  std::vector<std::unique_ptr<Worker>> each;
-  Workers(const Call& c, const RowBias& rows, bool backward) {
-    for (int64_t i = 0; i < c.threads; i++) each.emplace_back(new Worker(c, rows, backward));
+// A worker for every thread, or none of them: where one cannot be had, ``failed`` says so to all.
+static std::unique_ptr<Worker> hire(const Call& c, const RowBias& rows, bool backward, bool& failed) {
+  std::unique_ptr<Worker> worker;
+  try {
+    worker.reset(new Worker(c, rows, backward));
+  } catch (...) {
+#pragma omp atomic write
+    failed = true;
   }
-  Worker& mine() { return *each[thread()]; }
-};
+#pragma omp barrier
+  return worker;
+}
 
 static void attend(const Call& c) {
   const RowBias rows(c);
   const std::vector<Span> cut = spans(c);
   const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, c.units * c.groups / (4 * c.threads)));
   const int64_t runs = (c.units + run - 1) / run, tasks = c.groups * runs;
-  Workers workers(c, rows, false);
+  bool failed = false;
 #pragma omp parallel num_threads((int)c.threads)
   {
-    Worker& worker = workers.mine();
+    const std::unique_ptr<Worker> hired = hire(c, rows, false, failed);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) {
+    for (int64_t task = 0; task < (failed ? 0 : tasks); task++) {
+      Worker& worker = *hired;
       worker.g = task / runs;
       const int64_t first = task % runs * run;
       for (worker.u = first; worker.u < std::min(first + run, c.units); worker.u++) {
@@ -669,6 +701,7 @@ static void attend(const Call& c) {
       }
     }
   }
+  if (failed) throw std::bad_alloc();
 }
 
 extern "C" int farfield_attend(const Call* call) {
@@ -715,14 +748,15 @@ static void attend_backward(const Call& c) {
   const RowBias rows(c);
   const std::vector<Span> cut = spans(c);
   const Parts parts(c);
-  Workers workers(c, rows, true);
+  bool failed = false;
   const int64_t tasks = c.groups * parts.count, heads = c.grad_head ? c.repeat * c.list : 0;
   std::vector<float> head_sums(heads * tasks);
 #pragma omp parallel num_threads((int)c.threads)
   {
-    Worker& worker = workers.mine();
+    const std::unique_ptr<Worker> hired = hire(c, rows, true, failed);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) {
+    for (int64_t task = 0; task < (failed ? 0 : tasks); task++) {
+      Worker& worker = *hired;
       const int64_t part = task % parts.count;
       worker.g = task / parts.count;
       for (worker.u = c.units * part / parts.count; worker.u < c.units * (part + 1) / parts.count; worker.u++) {
@@ -742,6 +776,7 @@ static void attend_backward(const Call& c) {
       }
     }
   }
+  if (failed) throw std::bad_alloc();
   for (int64_t task = 0; heads && task < tasks; task++) {
     float* to = c.grad_head + (task / parts.count) % (c.groups / c.batch) * heads;
     for (int64_t i = 0; i < heads; i++) to[i] += head_sums[task * heads + i];
@@ -786,12 +821,13 @@ struct Cell {
   float coefficient(int64_t cell, int64_t i) const { return coefficients ? coefficients[cell * r.children + i] : 1.0f; }
 };
 
-constexpr int64_t RUN = 512;  // cells to a task
+constexpr int64_t RUN = 512;      // cells to a task
+constexpr int64_t SHORT = 1 << 17;  // multiply-adds that one thread does before others have begun
 
 static void reduce(const Reduction& r) {
   const int64_t runs = (r.cells + RUN - 1) / RUN;
   std::vector<float> memory(r.threads * r.dim);
-#pragma omp parallel num_threads((int)r.threads)
+#pragma omp parallel num_threads((int)r.threads) if (r.groups * r.cells * r.children * r.dim > SHORT)
   {
     float* const row = memory.data() + thread() * r.dim;
 #pragma omp for schedule(static)
@@ -832,7 +868,7 @@ static void reduce_down(const Reduction& r) {
   const int64_t runs = (r.cells + RUN - 1) / RUN, size = r.grad_weight ? r.children * r.dim : 0;
   std::vector<float> sums(r.groups * runs * size);
   std::vector<float> memory(r.threads * r.dim);
-#pragma omp parallel num_threads((int)r.threads)
+#pragma omp parallel num_threads((int)r.threads) if (r.groups * r.cells * r.children * r.dim > SHORT)
   {
     float* const row = memory.data() + thread() * r.dim;
 #pragma omp for schedule(static)
