@@ -94,7 +94,7 @@ def by_length(tokens: int, repeats: int) -> dict[str, Any]:
     )
     slow = frozenset(n for n in ("sdpa f", "sdpa fb") if tokens >= 16384)
     if tokens > 32768:
-        slow, repeats = frozenset(slow), min(repeats, 5)
+        repeats = min(repeats, 5)
         once = {name: seconds(calls.pop(name)) for name in ("sdpa f", "sdpa fb")}
         return {"N": tokens, "seconds": {**medians(calls, repeats), **once}, "peak": peak, "repeats": repeats}
     return {"N": tokens, "seconds": medians(calls, repeats, slow), "peak": peak, "repeats": repeats}

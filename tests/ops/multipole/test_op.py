@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import farfield as ff
 from farfield.geometry import geometry
 from farfield.ops.multipole.op import multipole, multipole_backward
-from farfield.ops.multipole.settings import Settings
+from farfield.ops.multipole.settings import Result, Settings, Tensors
 from farfield.ops.multipole.summary import pack, unpack
 from farfield.ops.multipole.torch import backward, forward
 from support.multipole_cases import KINDS, Case, make_summary, tensors
@@ -340,8 +340,9 @@ def test_memory_is_linear(options: dict[str, Any], limit: float) -> None:
         q, k, v, grad = (torch.randn(1, 4, number, 64) for _ in range(4))
 
         def run(size: Settings = size, q: Tensor = q, k: Tensor = k, v: Tensor = v, grad: Tensor = grad) -> Any:
-            out, lse = forward(size, q, k, v, None, None, None, None, [])
-            return backward(size, grad, torch.zeros_like(lse), out, lse, q, k, v, None, None, None, None, [])
+            call = Tensors(q, k, v, None, None, None, None, [])
+            out, lse = forward(size, call)
+            return backward(size, call, Result(grad, torch.zeros_like(lse), out, lse))
 
         peaks.append((peak_bytes(run), q.nbytes))
     chunk = 40 << 20  # buffers of one chunk, which do not grow

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farfield.ops.customop import one_by_one
 from farfield.ops.multipole import engines
-from farfield.ops.multipole.settings import Settings
+from farfield.ops.multipole.settings import Result, Settings, Tensors
 from farfield.ops.tiles import compute_dtype
 
 
@@ -87,7 +87,8 @@ def multipole(
     """
     s = _settings(kind, grid, block, rank, levels, causal, count_bias, query_rank, sinks, scale, dropout, part)
     with torch.autocast(query.device.type, enabled=False):
-        return _engine(engine, s, query).forward(s, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+        tensors = Tensors(query, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+        return _engine(engine, s, query).forward(s, tensors)
 
 
 @multipole.register_fake
@@ -127,9 +128,8 @@ def multipole_backward(
     """Gradients of query, key, value, level_bias (empty where there is none), then of every weight."""
     s = _settings(kind, grid, block, rank, levels, causal, count_bias, query_rank, sinks, scale, dropout, part)
     with torch.autocast(query.device.type, enabled=False):
-        grads = _engine(engine, s, query).backward(
-            s, grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, weights
-        )
+        tensors = Tensors(query, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+        grads = _engine(engine, s, query).backward(s, tensors, Result(grad_out, grad_lse, out, lse))
     return [g.contiguous() for g in grads]
 
 

@@ -74,6 +74,33 @@ class Plan:
     row_bias: Tensor | None
     row_class: tuple[int, ...]
 
+    def readable(self, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Slots [B', slots] bool whose token may be read, and those of them that lie in cells (all but sinks).
+
+        ``key_mask`` is [B, N] bool or None.
+        """
+        valid = self.filled[None]
+        if key_mask is not None:
+            valid = key_mask if self.token_of_slot is None else key_mask[:, self.token_of_slot.clamp(min=0)] & valid
+        return valid, valid if self.is_sink is None else valid & ~self.is_sink
+
+    def to_blocks(self, x: Tensor) -> Tensor:
+        """[B, H, N, D] -> [B, H, slots, D], 0 in slots that hold no token."""
+        if self.token_of_slot is None:
+            return x
+        if self.padding is not None:
+            return torch.nn.functional.pad(x, (0, 0, 0, self.padding))
+        x = x.index_select(2, self.token_of_slot.clamp(min=0))
+        return x if self.whole else x.masked_fill(~self.filled[:, None], 0.0)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """[B, H, slots, ...] -> [B, H, N, ...], the inverse of :meth:`to_blocks`."""
+        if self.slot_of_token is None:
+            return x
+        if self.padding is not None:
+            return x[:, :, : self.tokens].contiguous()
+        return x.index_select(2, self.slot_of_token)
+
 
 @dataclass(frozen=True)
 class _Tree:
@@ -109,6 +136,13 @@ def segment_lengths(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
     if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
         raise ValueError(f"cu_seqlens={bounds}: it must rise from 0 to N={tokens}")
     return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def packing(
+    cu_seqlens: Tensor | None, key_mask: Tensor | None, tokens: int
+) -> tuple[tuple[int, ...] | None, Tensor | None]:
+    """Lengths of packed sequences, or None, and the mask that counts: explicit segments win over one."""
+    return (None, key_mask) if cu_seqlens is None else (segment_lengths(cu_seqlens, tokens), None)
 
 
 def make_plan(

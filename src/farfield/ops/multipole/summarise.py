@@ -47,16 +47,8 @@ def summarise(
     plan = make_plan(call["grid"], None, call["block"], call["rank"], levels, False, sinks, key.device)
     layout = plan.layout
     check(summary, layout, key, layout.levels)
-    valid = plan.filled[None]
-    if key_mask is not None:
-        valid = (key_mask if plan.token_of_slot is None else key_mask[:, plan.token_of_slot.clamp(min=0)]) & valid
-    if plan.is_sink is not None:
-        valid = valid & ~plan.is_sink
-    blocks = []
-    for x in (call["key"], call["value"]):
-        if plan.token_of_slot is not None:
-            x = x.index_select(2, plan.token_of_slot.clamp(min=0))
-        blocks.append(x.masked_fill(~valid[:, None, :, None], 0.0))
+    _, valid = plan.readable(key_mask)
+    blocks = [plan.to_blocks(x).masked_fill(~valid[:, None, :, None], 0.0) for x in (call["key"], call["value"])]
     full = key_mask is None and plan.whole and plan.is_sink is None
     counts = pyramid.count(valid, layout, layout.levels, full)
     with torch.autocast(key.device.type, enabled=False):

@@ -17,8 +17,8 @@ from torch import Tensor
 from farfield.geometry import Geometry
 from farfield.ops.multipole import pyramid
 from farfield.ops.multipole.engines import Request
-from farfield.ops.multipole.plan import Plan, Table, make_plan, segment_lengths
-from farfield.ops.multipole.settings import Settings
+from farfield.ops.multipole.plan import Plan, Table, make_plan, packing
+from farfield.ops.multipole.settings import Result, Settings, Tensors
 from farfield.ops.multipole.summary import Summaries, Summary, check_levels, unpack
 from farfield.ops.tiles import Dropout, Gradients, Lists, Store, attend, attend_backward, compute_dtype
 
@@ -101,13 +101,7 @@ class _Visible:
 
     def __init__(self, plan: Plan, key_mask: Tensor | None, levels: int, dtype: torch.dtype, count_bias: bool) -> None:
         self.plan, self.dtype, self.count_bias = plan, dtype, count_bias
-        if key_mask is None:
-            self.valid = plan.filled[None]
-        elif plan.token_of_slot is None:
-            self.valid = key_mask
-        else:
-            self.valid = key_mask[:, plan.token_of_slot.clamp(min=0)] & plan.filled
-        self.in_cells = self.valid if plan.is_sink is None else self.valid & ~plan.is_sink
+        self.valid, self.in_cells = plan.readable(key_mask)
         full = key_mask is None and plan.whole and plan.is_sink is None
         self.counts = pyramid.count(self.in_cells, plan.layout, levels, full)
 
@@ -159,21 +153,9 @@ def _all_visible(plan: Plan, levels: int, dtype: torch.dtype, count_bias: bool) 
 class _Call:
     """The tensors of a call in block order, its pyramid and its biases: what forward and backward have in common."""
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        s: Settings,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        level_bias: Tensor | None,
-        seed: Tensor | None,
-        weights: list[Tensor],
-    ) -> None:
-        lengths = None if cu_seqlens is None else segment_lengths(cu_seqlens, key.shape[2])
-        if lengths is not None and key_mask is not None:
-            key_mask = None  # explicit segments win over a mask
+    def __init__(self, kernels: Kernels, s: Settings, tensors: Tensors) -> None:
+        _, key, value, _, cu_seqlens, level_bias, seed, weights = tensors
+        lengths, key_mask = packing(cu_seqlens, tensors.key_mask, key.shape[2])
         self.kernels, self.s = kernels, s
         self.batch, self.key_heads = key.shape[:2]
         self.dtype = compute_dtype(key.dtype)
@@ -210,26 +192,10 @@ class _Call:
 
     def blocks(self, x: Tensor, keys: bool = False) -> Tensor:
         """[B, H, N, D] -> [B, H, slots, D]; what may not be read is 0, so that nothing hidden, a NaN say, leaks."""
-        plan = self.plan
-        if plan.token_of_slot is not None:
-            if plan.padding is not None:
-                x = torch.nn.functional.pad(x, (0, 0, 0, plan.padding))
-            else:
-                x = x.index_select(2, plan.token_of_slot.clamp(min=0))
-                if not plan.whole:
-                    x = x.masked_fill(~plan.filled[:, None], 0.0)
+        x = self.plan.to_blocks(x)
         if keys and self.key_mask is not None:
             x = x.masked_fill(~self.valid[:, None, :, None], 0.0)
         return x.contiguous()
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """[B, H, slots, ...] -> [B, H, N, ...], the inverse of :meth:`blocks`."""
-        plan = self.plan
-        if plan.slot_of_token is None:
-            return x
-        if plan.padding is not None:
-            return x[:, :, : plan.tokens].contiguous()
-        return x.index_select(2, plan.slot_of_token)
 
     # Lists of keys.
 
@@ -288,24 +254,14 @@ class _Call:
         return replace(self.layout, rank=self.s.query_rank)
 
 
-def forward(
-    s: Settings,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level_bias: Tensor | None,
-    seed: Tensor | None,
-    weights: list[Tensor],
-    kernels: Kernels = KERNELS,
-) -> tuple[Tensor, Tensor]:
+def forward(s: Settings, tensors: Tensors, kernels: Kernels = KERNELS) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N] in the precision of the arithmetic."""
+    query = tensors.query
     if query.shape[0] == 0:
         return query.new_zeros(query.shape), query.new_zeros(query.shape[:-1], dtype=compute_dtype(query.dtype))
-    call = _Call(kernels, s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+    call = _Call(kernels, s, tensors)
     out, lse = _forward(call, call.blocks(query))
-    return call.tokens(out), call.tokens(lse)
+    return call.plan.to_tokens(out), call.plan.to_tokens(lse)
 
 
 def _forward(call: _Call, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,27 +331,14 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
     return out * (lse - safe).exp()[..., None] + other * (other_lse - safe).exp()[..., None], joint
 
 
-def backward(
-    s: Settings,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level_bias: Tensor | None,
-    seed: Tensor | None,
-    weights: list[Tensor],
-    kernels: Kernels = KERNELS,
-) -> list[Tensor]:
+def backward(s: Settings, tensors: Tensors, result: Result, kernels: Kernels = KERNELS) -> list[Tensor]:
     """Gradients of query, key, value, level_bias (empty where there is none) and of each weight, in this order."""
+    query, key, value, _, _, level_bias, _, weights = tensors
+    grad_out, grad_lse, out, lse = result
     if query.shape[0] == 0:
         bias = query.new_zeros(0) if level_bias is None else torch.zeros_like(level_bias)
         return [*(torch.zeros_like(x) for x in (query, key, value)), bias, *(torch.zeros_like(w) for w in weights)]
-    call = _Call(kernels, s, key, value, key_mask, cu_seqlens, level_bias, seed, weights)
+    call = _Call(kernels, s, tensors)
     lse = call.blocks(lse[..., None])[..., 0]
     hidden = lse == -torch.inf
     delta = kernels.delta(grad_out, out, grad_lse.to(call.dtype))
@@ -404,9 +347,9 @@ def backward(
     grad_query = _backward(call, grads, call.blocks(grad_out), delta, call.blocks(query), lse)
     grad_weights = grads.finish()
     return [
-        call.tokens(grad_query).to(query.dtype),
-        call.tokens(grads.key).to(key.dtype),
-        call.tokens(grads.value).to(value.dtype),
+        call.plan.to_tokens(grad_query).to(query.dtype),
+        call.plan.to_tokens(grads.key).to(key.dtype),
+        call.plan.to_tokens(grads.value).to(value.dtype),
         query.new_empty(0) if level_bias is None or grads.bias is None else grads.bias.to(level_bias.dtype),
         *(g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)),
     ]

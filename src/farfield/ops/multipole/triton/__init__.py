@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from farfield.ops.multipole.engines import Request
-from farfield.ops.multipole.settings import Settings
+from farfield.ops.multipole.settings import Result, Settings, Tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -58,46 +58,20 @@ def why_not(request: Request) -> str | None:
     return None
 
 
-def forward(
-    s: Settings,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level_bias: Tensor | None,
-    seed: Tensor | None,
-    weights: list[Tensor],
-) -> tuple[Tensor, Tensor]:
+def forward(s: Settings, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N] in float32."""
     from farfield.ops.multipole.triton import launch
 
-    with _on(query.device):
-        return launch.forward(s, query, key, value, key_mask, cu_seqlens, level_bias, weights)
+    with _on(tensors.query.device):
+        return launch.forward(s, tensors)
 
 
-def backward(
-    s: Settings,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level_bias: Tensor | None,
-    seed: Tensor | None,
-    weights: list[Tensor],
-) -> list[Tensor]:
+def backward(s: Settings, tensors: Tensors, result: Result) -> list[Tensor]:
     """Gradients of query, key, value, level_bias (empty where there is none) and of each weight, in this order."""
     from farfield.ops.multipole.triton import launch
 
-    with _on(query.device):
-        return launch.backward(
-            s, grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, weights
-        )
+    with _on(tensors.query.device):
+        return launch.backward(s, tensors, result)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -201,16 +201,7 @@ class TorchCells:
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[B, H, N, D] -> [B, H, slots, D]; 0 where a token is in no cell."""
-        plan = self.plan
-        if plan.padding is not None:
-            x = torch.nn.functional.pad(x, (0, 0, 0, plan.padding))
-        elif plan.token_of_slot is not None:
-            x = x.index_select(2, plan.token_of_slot.clamp(min=0))
-        return x.masked_fill(~self.in_cells[:, None, :, None], 0.0)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """[B, H, slots, D] -> [B, H, N, D]."""
-        return x if self.plan.slot_of_token is None else x.index_select(2, self.plan.slot_of_token)
+        return self.plan.to_blocks(x).masked_fill(~self.in_cells[:, None, :, None], 0.0)
 
     def send_down(
         self, grad_key: Tensor, grad_value: Tensor, token_grad_key: Tensor, token_grad_value: Tensor

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farfield.ops.multipole.plan import segment_lengths
-from farfield.ops.multipole.settings import Settings
+from farfield.ops.multipole.plan import packing
+from farfield.ops.multipole.settings import Result, Settings, Tensors
 from farfield.ops.multipole.summary import SharedSummary, check_levels, unpack
 from farfield.ops.multipole.triton import interpreted, tuning
 from farfield.ops.multipole.triton.cells import Cells, Rows, TorchCells, build, fused, leaf_weights, send_down
@@ -33,20 +33,9 @@ def _rows(x: Tensor) -> Tensor:
 class _Call:
     """The tensors, tables and constants that the kernels of a call share."""
 
-    def __init__(
-        self,
-        s: Settings,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        level_bias: Tensor | None,
-        weights: list[Tensor],
-    ) -> None:
-        lengths = None if cu_seqlens is None else segment_lengths(cu_seqlens, key.shape[2])
-        if lengths is not None:
-            key_mask = None  # explicit segments win over a mask
+    def __init__(self, s: Settings, tensors: Tensors) -> None:
+        query, key, value, _, cu_seqlens, level_bias, _, weights = tensors
+        lengths, key_mask = packing(cu_seqlens, tensors.key_mask, key.shape[2])
         self.s = s
         self.query, self.key, self.value = _rows(query), _rows(key), _rows(value)
         self.batch, self.heads, self.number, self.head_dim = query.shape
@@ -83,13 +72,7 @@ class _Call:
         plan = self.tables.plan
         if key_mask is None and plan.is_sink is None:
             return None, None
-        if key_mask is None:
-            valid = plan.filled[None]
-        elif plan.token_of_slot is None:
-            valid = key_mask
-        else:
-            valid = key_mask[:, plan.token_of_slot.clamp(min=0)] & plan.filled
-        shown = valid if plan.is_sink is None else valid & ~plan.is_sink
+        valid, shown = plan.readable(key_mask)
         return valid.contiguous().view(torch.uint8), shown.contiguous().view(torch.uint8)
 
     def run(self, kernel: str, start: Any, keys: int) -> None:
@@ -174,22 +157,14 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def forward(
-    s: Settings,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level_bias: Tensor | None,
-    weights: list[Tensor],
-) -> tuple[Tensor, Tensor]:
+def forward(s: Settings, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N] in float32."""
+    query = tensors.query
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if query.shape[0] == 0:
         return out, lse
-    call = _Call(s, query, key, value, key_mask, cu_seqlens, level_bias, weights)
+    call = _Call(s, tensors)
     cells, rows = call.cells, call.rows
 
     def start(config: Config) -> None:
@@ -203,25 +178,14 @@ def forward(
     return out, lse
 
 
-def backward(
-    s: Settings,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level_bias: Tensor | None,
-    weights: list[Tensor],
-) -> list[Tensor]:
+def backward(s: Settings, tensors: Tensors, result: Result) -> list[Tensor]:
     """Gradients of query, key, value, level_bias (empty where there is none) and of each weight, in this order."""
+    query, key, value, _, _, level_bias, _, weights = tensors
+    grad_out, grad_lse, out, lse = result
     none = query.new_zeros(0) if level_bias is None else torch.zeros_like(level_bias)
     if query.shape[0] == 0:
         return [*(torch.zeros_like(x) for x in (query, key, value)), none, *(torch.zeros_like(w) for w in weights)]
-    call = _Call(s, query, key, value, key_mask, cu_seqlens, level_bias, weights)
+    call = _Call(s, tensors)
     back = _Backward(call, _rows(grad_out), grad_lse, out, lse)
     grad_q, by_level = back.of_queries()
     if level_bias is not None and by_level is not None:
@@ -282,7 +246,7 @@ class _Backward:
         else:
             slots = self._of_blocks(None, by_slot=True)
             grad_weights = call.torch_cells.send_down(*cell_grads, *slots)
-            sides = [call.torch_cells.tokens(x).to(call.key.dtype) for x in slots]
+            sides = [call.tables.plan.to_tokens(x).to(call.key.dtype) for x in slots]
         if call.sinks is not None:
             self._add_sinks(sides)
         return [*sides, bias, *grad_weights]
