@@ -33,8 +33,8 @@ class Store:
 
     Attributes:
         keys, values: [G, R, w, D] contiguous, G = batch * key heads, R rows of w keys.
-        table: [U, S] int64, rows that each unit reads, in order. An unused place holds any valid row and -inf in the
-            bias.
+        table: [U, S] or [G, U, S] int64, rows that each unit reads, in order. An unused place holds any valid row
+            and -inf in the bias.
     """
 
     keys: Tensor
@@ -44,15 +44,13 @@ class Store:
     @property
     def width(self) -> int:
         """Keys that the store contributes to the list of a unit."""
-        return self.table.shape[1] * self.keys.shape[2]
+        return self.table.shape[-1] * self.keys.shape[2]
 
     def index(self, g: slice, u: slice) -> Tensor:
         """Rows of the chunk as an index into the store flattened over G and R."""
-        rows = self.keys.shape[1]
-        if g.stop - g.start == 1:
-            return (self.table[u] + g.start * rows).reshape(-1)
-        first = torch.arange(g.start, g.stop, device=self.table.device) * rows
-        return (self.table[u] + first[:, None, None]).reshape(-1)
+        first = torch.arange(g.start, g.stop, device=self.table.device) * self.keys.shape[1]
+        table = self.table[u] if self.table.dim() == 2 else self.table[g, u]
+        return (table + first[:, None, None]).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ class Lists:
 
     Attributes:
         stores: the stores, whose keys stand side by side in the list of a unit.
-        key_bias: [G' , U, K] added to the scores of all queries of a unit, G' = 1 or batch; -inf hides a key. None:
-            nothing hidden.
+        key_bias: [G' , U, K] added to the scores of all queries of a unit, G' = 1, batch or G; -inf hides a key.
+            None: nothing hidden.
         head_bias: [Hkv, r, K] added to the scores of a query head (r query heads share a key head). None: none.
         row_bias: [C, M, K'] added to the first K' keys, by class of unit; -inf hides. None: none.
         row_class: the class of each unit, on the host.
@@ -131,7 +129,7 @@ class _Chunk:
     ) -> None:
         self.space, self.lists, self.g, self.u = space, lists, g, u
         groups, repeat, _, rows, width = query.shape
-        self.heads, self.repeat, self.rows = groups // batch, repeat, rows
+        self.groups, self.heads, self.repeat, self.rows = groups, groups // batch, repeat, rows
         self.dtype = compute_dtype(query.dtype)
         self.count = (g.stop - g.start) * (u.stop - u.start)
         self.query = self.take("query", repeat * rows, width)
@@ -178,6 +176,8 @@ class _Chunk:
         if lists.key_bias is not None:
             if lists.key_bias.shape[0] == 1:
                 bias = lists.key_bias[:, u, None]
+            elif lists.key_bias.shape[0] == self.groups:
+                bias = lists.key_bias[g, u, None]
             else:
                 bias = lists.key_bias[[i // self.heads for i in range(g.start, g.stop)], u, None]
         if lists.head_bias is not None:

@@ -184,6 +184,8 @@ def _load(path: Path) -> ctypes.CDLL:
         "farfield_reduce": [ctypes.POINTER(Reduction)],
         "farfield_reduce_down": [ctypes.POINTER(Reduction)],
         "farfield_delta": [address, address, address, address, number, number, number, number],
+        "farfield_top": [address, number, number, number, address, number],
+        "farfield_score": [address, address, address, address, address, *[number] * 9],
         "farfield_size": [number],
     }
     try:

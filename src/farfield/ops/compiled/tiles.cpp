@@ -221,10 +221,11 @@ static void column_tiles(int height, const float* a, int64_t step, const float* 
 extern "C" {
 
 struct Store {
-  const void *keys, *values;            // [G, rows, width, D]
+  const void *keys, *values;            // [shared, rows, width, D]
   float *grad_keys, *grad_values;       // the same in float32, added to; backward only
-  const int64_t* table;                 // [U, places]
-  int64_t rows, width, places, dtype;
+  const int64_t* table;                 // [tables, U, places], -1: none
+  // tables: 1 or G. shared: a divisor of G, the number of groups of keys; G itself in the backward pass.
+  int64_t rows, width, places, dtype, tables, shared;
 };
 
 struct Call {
@@ -233,7 +234,7 @@ struct Call {
   int64_t number;                       // of stores
   const void* query;                    // [G, r, U, M, D]
   const float* key_bias;                // [biases, U, K] or null
-  int64_t biases;                       // 1 or B
+  int64_t biases;                       // 1, B or G
   const float* head_bias;               // [G / B, r, K] or null
   const float* row_bias;                // [classes, M, biased] or null
   int64_t classes, biased;
@@ -328,16 +329,21 @@ struct List {
 
   // ``extra``: other memory for the gradients, in which those of store s begin at offsets[2 s] and offsets[2 s + 1].
   void read(const Call& c, const RowBias& rows, int64_t g, int64_t u, const float* extra, const int64_t* offsets) {
-    const int64_t batch = g / (c.groups / c.batch);
-    const float* shown = c.key_bias ? c.key_bias + ((c.biases == 1 ? 0 : batch) * c.units + u) * c.list : nullptr;
+    const int64_t of_bias = g / (c.groups / c.biases);
+    const float* shown = c.key_bias ? c.key_bias + (of_bias * c.units + u) * c.list : nullptr;
     const int64_t kind = c.row_class ? c.row_class[u] : 0;
     count = lead = 0;
     int64_t col = 0;
     for (int64_t s = 0; s < c.number; s++) {
       const Store& store = c.stores[s];
       const int64_t wide = c.dim * size_of((int)store.dtype);
+      const int64_t* table = store.table + ((store.tables == 1 ? 0 : g * c.units) + u) * store.places;
       for (int64_t p = 0; p < store.places; p++) {
-        const int64_t row = g * store.rows + store.table[u * store.places + p];
+        if (table[p] < 0) {
+          col += store.width;
+          continue;
+        }
+        const int64_t row = g / (c.groups / store.shared) * store.rows + table[p];
         for (int64_t j = 0; j < store.width; j++, col++) {
           const float b = shown ? shown[col] : 0.0f;
           if (b == NONE) continue;
@@ -936,6 +942,69 @@ extern "C" int farfield_delta(const void* a, const void* b, const float* less, f
         for (int j = 0; j < LANES; j++) whole += sum[j];
         for (; d < dim; d++) whole += p[d] * q[d];
         delta[i] = whole - less[i];
+      }
+    }
+  });
+}
+
+// index[row]: the places of the ``count`` largest of [rows, width] scores, rising; -1 where fewer lie above -inf. Of equal
+// scores the first are taken.
+extern "C" int farfield_top(const float* scores, int64_t rows, int64_t width, int64_t count, int64_t* index,
+                            int64_t threads) {
+  return guarded([=] {
+    std::vector<uint64_t> memory(threads * std::max<int64_t>(width, 1));
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (rows * width > SHORT)
+    for (int64_t row = 0; row < rows; row++) {
+      uint64_t* const all = memory.data() + thread() * width;
+      const float* from = scores + row * width;
+      int64_t* to = index + row * count;
+      int64_t n = 0;
+      for (int64_t i = 0; i < width; i++) {
+        // One number for score and place: what is larger comes first, and of equal scores the first.
+        const uint32_t u = to_bits(from[i] + 0.0f), order = u >> 31 ? ~u : u | 0x80000000u;
+        all[n] = (uint64_t)order << 32 | (uint32_t)(0xffffffffu - (uint32_t)i);
+        n += from[i] != NONE;
+      }
+      const int64_t found = std::min(n, count);
+      if (n > count) std::nth_element(all, all + count, all + n, [](uint64_t a, uint64_t b) { return a > b; });
+      for (int64_t i = 0; i < found; i++) to[i] = 0xffffffffu - (uint32_t)all[i];
+      std::sort(to, to + found);
+      for (int64_t i = found; i < count; i++) to[i] = -1;
+    }
+  });
+}
+
+// scores[g][u][i] = query[g][u] . keys[g'][number] + bias[number]; -inf where number < 0. numbers: 1 or G; shared: groups of
+// keys, a divisor of G; biases: 1 or shared.
+extern "C" int farfield_score(const float* query, const float* keys, const float* bias, const int64_t* number,
+                              float* scores, int64_t groups, int64_t units, int64_t places, int64_t cells, int64_t dim,
+                              int64_t numbers, int64_t shared, int64_t biases, int64_t threads) {
+  return guarded([=] {
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (groups * units * places * dim > SHORT)
+    for (int64_t row = 0; row < groups * units; row++) {
+      const int64_t g = row / units / (groups / shared);
+      const float *q = query + row * dim, *of_group = keys + g * cells * dim;
+      const float* shift = bias + (biases == 1 ? 0 : g * cells);
+      const int64_t* list = number + (numbers == 1 ? row % units : row) * places;
+      for (int64_t i = 0; i < places; i++) {
+        const int64_t cell = list[i];
+        float* to = scores + row * places + i;
+        if (cell < 0 || shift[cell] == NONE) {
+          *to = NONE;
+          continue;
+        }
+        const float* k = of_group + cell * dim;
+        Vector a{}, b{};
+        int64_t d = 0;
+        for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+          a += load(q + d) * load(k + d);
+          b += load(q + d + LANES) * load(k + d + LANES);
+        }
+        a += b;
+        float sum = shift[cell];
+        for (int j = 0; j < LANES; j++) sum += a[j];
+        for (; d < dim; d++) sum += q[d] * k[d];
+        *to = sum;
       }
     }
   });

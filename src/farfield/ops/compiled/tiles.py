@@ -35,7 +35,7 @@ class Store(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "grad_keys", "grad_values", "table")),
-        *((name, ctypes.c_int64) for name in ("rows", "width", "places", "dtype")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "places", "dtype", "tables", "shared")),
     )
 
 
@@ -91,13 +91,14 @@ class _Prepared:
         for into, store in zip(self.stores, lists.stores, strict=True):
             into.keys, into.values = self.keep(store.keys), self.keep(store.values)
             into.table = self.keep(store.table)
-            _, into.rows, into.width, _ = store.keys.shape
-            into.places, into.dtype = store.table.shape[1], DTYPES[store.keys.dtype]
+            into.shared, into.rows, into.width, _ = store.keys.shape
+            into.places, into.dtype = store.table.shape[-1], DTYPES[store.keys.dtype]
+            into.tables = store.table.shape[0] if store.table.dim() == 3 else 1
         key_bias = None if lists.key_bias is None else lists.key_bias.contiguous()
         self.call = Call(
             groups=groups, repeat=repeat, units=units, queries=rows, dim=dim, batch=batch, list=lists.width,
             stores=self.stores, number=len(lists.stores), query=self.keep(query), key_bias=self.keep(key_bias),
-            biases=0 if key_bias is None else key_bias.shape[0], head_bias=self.keep(lists.head_bias),
+            biases=1 if key_bias is None else key_bias.shape[0], head_bias=self.keep(lists.head_bias),
             dtype=DTYPES[query.dtype], threads=torch.get_num_threads(), scale=scale,
         )  # fmt: skip
         if lists.row_bias is not None:
