@@ -71,7 +71,9 @@ def attention_function(recipe: str | None) -> Attend:
         key, value = key[:, :, : columns.length], value[:, :, : columns.length]
         core = _core(module, config, recipe, query, key, causal, sliding_window)
         if dropout and not all(p is None or p.takes_dropout for p in (core.near_spec, core.far_spec)):
-            raise ValueError(f"dropout={dropout} in training: {core.near_spec!r}, {core.far_spec!r} have none; set it to 0")
+            raise ValueError(
+                f"dropout={dropout} in training: {core.near_spec!r}, {core.far_spec!r} have none; set it to 0"
+            )
         inputs = Inputs(
             q=query,
             k=key,

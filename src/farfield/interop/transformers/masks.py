@@ -68,7 +68,9 @@ def mask(
     if mask_function is not causal_mask_function:
         columns = _Pattern(mask_function, batch_size, kv_length, kv_offset, torch.device(device))
         # Only packed sequences and overlays forbid the skip, and packed sequences come without a padding mask.
-        certain = torch.compiler.is_compiling() and local_size is not None and (keep is not None or allow_is_causal_skip)
+        certain = (
+            torch.compiler.is_compiling() and local_size is not None and (keep is not None or allow_is_causal_skip)
+        )
         segments = columns.segments(local_size, one=certain)
         if segments is not None:
             return _packed(segments, keep, length, kv_length)
