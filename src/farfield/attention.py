@@ -82,11 +82,8 @@ class ReadyAttention(_Mixing):
         super().__init__()
         chosen = resolve_merge(merge)
         _check(spec, near, far, chosen, None, dropout)
-        for role, part in (
-            ("near", near),
-            ("far", far),
-            ("merge", chosen if near is not None and far is not None else None),
-        ):
+        mixture = chosen if near is not None and far is not None else None
+        for role, part in (("near", near), ("far", far), ("merge", mixture)):
             if part is not None and part.reads_input:
                 raise ValueError(
                     f"{role}={part!r} reads the layer's input x, and here are only queries, keys and values; "

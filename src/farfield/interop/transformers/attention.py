@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from farfield.attention import ReadyAttention
 from farfield.interop.transformers import cores
-from farfield.interop.transformers.cached import last_rows
+from farfield.interop.transformers.cached import dense_rows, last_rows
 from farfield.interop.transformers.masks import Columns, read
 from farfield.interop.transformers.padding import aligned
 from farfield.near import Dense, Window
@@ -21,24 +21,25 @@ __all__ = ["attention_function"]
 Attend = Callable[..., tuple[Tensor, None]]
 
 _REFUSED = {
-    "position_bias": "an additive bias per pair of tokens (T5 and its kin) has no counterpart in a summary of many keys",
-    "softcap": "soft-capped scores (Gemma 2) bend every score before the softmax, so a summary of keys would not stand "
-    "for its tokens; attn_logit_softcapping=None in the config turns it off",
+    "softcap": "soft-capped scores (Gemma 2) are not the dot products that summaries of keys rest on; "
+    "attn_logit_softcapping=None in the config turns them off",
     "s_aux": "learned attention sinks (gpt-oss) add a score to the softmax that is no token's",
     "sinks": "learned attention sinks add a score to the softmax that is no token's",
     "head_mask": "heads are not masked one by one",
     "cache": "a paged cache (continuous batching) hands over keys in pages",
     "block_indices": "the model chooses the keys itself",
     "indices": "the model chooses the keys itself",
-    "output_attentions": "weights per pair of tokens are never computed; set_attn_implementation('eager') has them",
+    "output_attentions": "weights per pair of tokens are never computed",
 }
 """Arguments that mean something which cannot be honoured, and why."""
 
 _HARMLESS = frozenset(
-    "position_ids cache_position use_cache past_key_values is_training return_dict output_hidden_states "
-    "output_router_logits num_items_in_batch deterministic max_length_q max_length_k logits_to_keep "
-    "is_first_iteration use_reentrant".split()
-)
+    (
+        "position_ids", "cache_position", "use_cache", "past_key_values", "return_dict", "output_hidden_states",
+        "output_router_logits", "num_items_in_batch", "deterministic", "max_length_q", "max_length_k",
+        "logits_to_keep", "is_first_iteration",
+    )
+)  # fmt: skip
 """Arguments that say nothing about attention, or nothing that is not known from elsewhere."""
 
 
@@ -54,6 +55,7 @@ def attention_function(recipe: str | None) -> Attend:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
         sliding_window: int | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -70,10 +72,9 @@ def attention_function(recipe: str | None) -> Attend:
         columns = read(attention_mask, key.shape[2])
         key, value = key[:, :, : columns.length], value[:, :, : columns.length]
         core = _core(module, config, recipe, query, key, causal, sliding_window)
-        if dropout and not all(p is None or p.takes_dropout for p in (core.near_spec, core.far_spec)):
-            raise ValueError(
-                f"dropout={dropout} in training: {core.near_spec!r}, {core.far_spec!r} have none; set it to 0"
-            )
+        for part in (core.near_spec, core.far_spec):
+            if dropout and part is not None and not part.takes_dropout:
+                raise ValueError(f"dropout={dropout} in training: {part!r} has none; set the config's to 0")
         inputs = Inputs(
             q=query,
             k=key,
@@ -85,7 +86,10 @@ def attention_function(recipe: str | None) -> Attend:
             scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
             dropout=dropout,
         )
-        if cu_seq_lens_q is not None or columns.segments is not None:
+        if position_bias is not None:
+            _check_bias(core, dropout, columns, cu_seq_lens_q)
+            out = dense_rows(inputs, position_bias[..., : columns.length])
+        elif cu_seq_lens_q is not None or columns.segments is not None:
             out = _packed(core, inputs, columns, cu_seq_lens_q, cu_seq_lens_k)
         elif query.shape[2] != key.shape[2]:
             out = last_rows(core, inputs)
@@ -102,10 +106,24 @@ def _refuse(kwargs: dict[str, Any]) -> None:
     for name, given in kwargs.items():
         if given is None or given is False or name in _HARMLESS:
             continue
-        why = _REFUSED.get(name, "farfield does not know this argument and does not ignore what it does not know")
+        why = _REFUSED.get(name, "it does not know this argument, and does not ignore what it does not know")
         raise ValueError(
-            f"attn_implementation='farfield' cannot honour {name}={_short(given)}: {why}. "
-            "Use attn_implementation='sdpa' or 'eager' for this model"
+            f"farfield cannot honour the argument {name}={_short(given)} of an attention layer: {why}; "
+            "set_attn_implementation('eager') may"
+        )
+
+
+def _check_bias(core: ReadyAttention, dropout: float, columns: Columns, bounds: Tensor | None) -> None:
+    """An additive bias per pair of tokens (T5 and its kin) is exact attention's alone."""
+    if not isinstance(core.near_spec, Dense) or core.far_spec is not None:
+        raise ValueError(
+            "the model adds a bias to the score of every pair of tokens (position_bias, as T5 does), and a summary of "
+            f"many keys has no such pairs: near={core.near_spec!r}, far={core.far_spec!r} cannot honour it; "
+            "'farfield:dense' can"
+        )
+    if dropout or columns.segments is not None or bounds is not None:
+        raise ValueError(
+            f"position_bias together with dropout={dropout} or packed sequences; set the config's dropout to 0, and pad"
         )
 
 

@@ -15,7 +15,7 @@ from farfield.near import Blocks, Dense, Window
 from farfield.ops.multipole import multipole_rows
 from farfield.parts import Inputs, repeat_heads
 
-__all__ = ["last_rows"]
+__all__ = ["dense_rows", "last_rows"]
 
 BAND = 256
 """Queries of a window that are computed together."""
@@ -35,7 +35,7 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
     if inputs.dropout:
         raise ValueError(f"dropout={inputs.dropout} with a cache of keys: train with use_cache=False")
     if isinstance(near, Dense) and far is None:
-        return _dense(inputs)
+        return dense_rows(inputs)
     queries, keys = inputs.q.shape[2], inputs.k.shape[2]
     if queries > keys:
         raise ValueError(f"{queries} queries and {keys} keys: the queries' own tokens must be among the keys")
@@ -61,7 +61,8 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
     return out[:, :, keys - queries :]
 
 
-def _dense(inputs: Inputs) -> Tensor:
+def dense_rows(inputs: Inputs, bias: Tensor | None = None) -> Tensor:
+    """Exact attention of the last tokens, or of another sequence; `bias` [B, Hq, Nq, Nk] is added to the scores."""
     queries, keys = inputs.q.shape[2], inputs.k.shape[2]
     visible = None if inputs.key_mask is None else inputs.key_mask[:, None, None]
     if inputs.causal and queries > 1:
@@ -69,7 +70,7 @@ def _dense(inputs: Inputs) -> Tensor:
         column = torch.arange(keys, device=device)
         order = column <= torch.arange(keys - queries, keys, device=device)[:, None]
         visible = order if visible is None else visible & order
-    return _sdpa(inputs.q, inputs.k, inputs.v, visible, inputs.scale)
+    return _sdpa(inputs.q, inputs.k, inputs.v, visible, inputs.scale, bias)
 
 
 def _band(inputs: Inputs, size: int) -> Tensor:
@@ -88,9 +89,15 @@ def _band(inputs: Inputs, size: int) -> Tensor:
     return torch.cat(rows, 2)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, bias: Tensor | None = None
+) -> Tensor:
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    if bias is None:
+        mask = visible
+    else:
+        mask = bias if visible is None else torch.where(visible, bias, float("-inf"))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     if visible is not None:
         # Kernels differ on rows that see nothing: some give 0, some the mean of all values.
         out = torch.where(visible.any(-1, keepdim=True), out, torch.zeros_like(out))

@@ -101,7 +101,7 @@ class _Shared:
 _NAMES: dict[Any, str] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@torch.compiler.assume_constant_result
 def _name(kind: str, arguments: tuple[Any, ...]) -> str:
     """The attribute that holds a module; makes it, also while a compiler traces the caller."""
     key = (kind, arguments)

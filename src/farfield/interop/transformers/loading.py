@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,10 @@ __all__ = ["configure", "load"]
 def configure(model: Any, recipe: str = "fma", **options: Any) -> Any:
     """Gives every attention layer of a model this recipe, with these options.
 
-    The choice is written to `model.config.farfield`, so that `save_pretrained` keeps it. Where the recipe has parameters
-    (`summary="shared"`, `bias=-8.0`, ...) every layer gets a submodule `farfield` for them, on the layer's device and in
-    its dtype, trained and saved with the model; read such a model with :func:`load`. Sliding layers stay the exact
-    windows that they are.
+    The choice is written to `model.config.farfield`, so that `save_pretrained` keeps it. Where the recipe has
+    parameters (`summary="shared"`, `bias=-8.0`, ...) every layer gets a submodule `farfield` for them, on the layer's
+    device and in its dtype, trained and saved with the model; read such a model with :func:`load`. Sliding layers stay
+    the exact windows that they are.
 
     Args:
         model: a Transformers model.
@@ -86,15 +89,15 @@ def load(path: str | Path, model_class: Any = AutoModelForCausalLM, **arguments:
         raise ValueError(
             f"the config in {folder} says nothing of farfield; read it with from_pretrained and call configure(model)"
         )
-    # The layers have no place for these yet, which from_pretrained would warn of.
-    weights = {name: tensor for name, tensor in _farfield_weights(folder).items()}
-    model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **arguments)
+    weights = _farfield_weights(folder)
+    with _without_report(bool(weights)):
+        model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **arguments)
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
     unknown = sorted(set(wrong.pop("unexpected_keys", [])) - set(weights))
     if wrong or unknown:
         raise ValueError(f"the weights in {folder} do not fit the model: {wrong}, unexpected {unknown}")
     configure(model, saved["recipe"], **saved["options"])
-    places = {name for name in model.state_dict() if f".{cores.NAME}." in f".{name}"}
+    places = {name for name in model.state_dict() if _is_ours(name)}
     if places != set(weights):
         raise ValueError(
             f"far-field parameters in {folder} and in the model differ: only in the folder "
@@ -102,6 +105,22 @@ def load(path: str | Path, model_class: Any = AutoModelForCausalLM, **arguments:
         )
     model.load_state_dict(weights, strict=False)
     return model.eval()
+
+
+@contextmanager
+def _without_report(wanted: bool) -> Iterator[None]:
+    """Keeps from_pretrained's table of tensors to itself: it would call ours unexpected; the caller checks them all."""
+
+    def not_the_table(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    if wanted:
+        logger.addFilter(not_the_table)
+    try:
+        yield
+    finally:
+        logger.removeFilter(not_the_table)
 
 
 def _core(layer: nn.Module, recipe: str, options: dict[str, Any]) -> nn.Module:
@@ -119,6 +138,10 @@ def _sliding(layer: nn.Module) -> bool:
     return getattr(layer, "sliding_window", None) is not None
 
 
+def _is_ours(name: str) -> bool:
+    return f".{cores.NAME}." in f".{name}"
+
+
 def _farfield_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The far-field parameters among the folder's safetensors."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -129,5 +152,6 @@ def _farfield_weights(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for name in names:
         with safe_open(folder / name, framework="pt") as file:
-            found.update({key: file.get_tensor(key) for key in file.keys() if f".{cores.NAME}." in f".{key}"})
+            ours = [key for key in file.keys() if _is_ours(key)]  # noqa: SIM118 (it is no dict)
+            found.update({key: file.get_tensor(key) for key in ours})
     return found

@@ -51,7 +51,7 @@ def mask(
         raise ValueError(
             "the model combines its attention mask with a function of its own (or_mask_function, and_mask_function: a "
             "prefix that sees itself both ways, image tokens, ...); farfield needs a plain causal or bidirectional "
-            "order. Use attn_implementation='sdpa'"
+            "order. Use attn_implementation='eager'"
         )
     keep = None
     if attention_mask is not None:
@@ -68,10 +68,8 @@ def mask(
     if mask_function is not causal_mask_function:
         columns = _Pattern(mask_function, batch_size, kv_length, kv_offset, torch.device(device))
         # Only packed sequences and overlays forbid the skip, and packed sequences come without a padding mask.
-        certain = (
-            torch.compiler.is_compiling() and local_size is not None and (keep is not None or allow_is_causal_skip)
-        )
-        segments = columns.segments(local_size, one=certain)
+        single = local_size is not None and (keep is not None or allow_is_causal_skip)
+        segments = columns.segments(local_size, one=single and torch.compiler.is_compiling())
         if segments is not None:
             return _packed(segments, keep, length, kv_length)
     if isinstance(length, int) and length == kv_length:
@@ -142,7 +140,7 @@ class _Pattern:
 _STRANGE = (
     "the model's attention mask is neither causal nor bidirectional, nor packed sequences or chunks of a causal one (a "
     "window that looks both ways, or blocks of tokens that see each other, such as an image's); farfield does not know "
-    "this order. Use attn_implementation='sdpa'"
+    "this order. Use attn_implementation='eager'"
 )
 
 
@@ -184,7 +182,7 @@ def read(attention_mask: Tensor | None, columns: int) -> Columns:
         raise ValueError(
             f"an attention mask of shape {list(attention_mask.shape)} and dtype {attention_mask.dtype} says for every "
             "pair of tokens who sees whom, which a sparse operator cannot honour; give a 2-D mask [B, N] (padding), "
-            "position_ids that restart (packed sequences), or use attn_implementation='sdpa'"
+            "position_ids that restart (packed sequences), or use attn_implementation='eager'"
         )
     codes = attention_mask[:, 0, 0]
     if codes.dtype == torch.int32:

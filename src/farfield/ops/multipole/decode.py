@@ -1,4 +1,4 @@
-"""Some rows of causal multipole attention, for queries that come after keys which are there already (a key-value cache)."""
+"""Some rows of causal multipole attention: for queries whose keys were there before them, in a key-value cache."""
 
 from __future__ import annotations
 
