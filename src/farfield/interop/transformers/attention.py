@@ -37,7 +37,7 @@ _HARMLESS = frozenset(
     (
         "position_ids", "cache_position", "use_cache", "past_key_values", "return_dict", "output_hidden_states",
         "output_router_logits", "num_items_in_batch", "deterministic", "max_length_q", "max_length_k",
-        "logits_to_keep", "is_first_iteration",
+        "logits_to_keep", "encoder_hidden_states", "encoder_attention_mask", "is_first_iteration",
     )
 )  # fmt: skip
 """Arguments that say nothing about attention, or nothing that is not known from elsewhere."""
