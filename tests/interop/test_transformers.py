@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ LEFT_AND_RIGHT[1, 60:] = 0
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     """Equal but for the order of sums in float32, relative to the size of the numbers."""
     torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.detach().abs().max().item())
+
+
+def test_farfield_alone_imports_none_of_it() -> None:
+    code = "import sys, farfield; assert not {'transformers', 'gguf', 'tokenizers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_registering_twice_changes_nothing() -> None:

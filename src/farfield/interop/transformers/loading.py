@@ -57,7 +57,9 @@ def configure(model: Any, recipe: str = "fma", **options: Any) -> Any:
     for name, core in built.items():
         if cores.has_parameters(core):
             weight = next(layers[name].parameters())
-            setattr(layers[name], cores.NAME, core.to(device=weight.device, dtype=weight.dtype))
+            # The weights of a quantised layer may be integers.
+            dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+            setattr(layers[name], cores.NAME, core.to(device=weight.device, dtype=dtype))
     for config in {id(c): c for c in (model.config, *(layer.config for layer in layers.values()))}.values():
         setattr(config, cores.NAME, saved)
     model.set_attn_implementation("farfield")

@@ -18,8 +18,9 @@ def register() -> tuple[str, ...]:
         The names.
     """
     names = ("farfield", *(f"farfield:{recipe}" for recipe in recipes.names()))
+    known = AttentionInterface().valid_keys()
     for name in names:
-        if name not in AttentionInterface._global_mapping:
+        if name not in known:
             AttentionInterface.register(name, attention_function(name.partition(":")[2] or None))
             AttentionMaskInterface.register(name, mask)
     return names
