@@ -89,6 +89,9 @@ def attention_function(recipe: str | None) -> Attend:
         if position_bias is not None:
             _check_bias(core, dropout, columns, cu_seq_lens_q)
             out = dense_rows(inputs, position_bias[..., : columns.length])
+        elif columns.segments is not None and cu_seq_lens_q is None and _is_dense(core) and not dropout:
+            # Row by row: side by side, exact attention would build the matrix of all rows together.
+            out = dense_rows(inputs, segments=columns.segments)
         elif cu_seq_lens_q is not None or columns.segments is not None:
             out = _packed(core, inputs, columns, cu_seq_lens_q, cu_seq_lens_k)
         elif query.shape[2] != key.shape[2]:
@@ -113,9 +116,13 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         )
 
 
+def _is_dense(core: ReadyAttention) -> bool:
+    return isinstance(core.near_spec, Dense) and core.far_spec is None
+
+
 def _check_bias(core: ReadyAttention, dropout: float, columns: Columns, bounds: Tensor | None) -> None:
     """An additive bias per pair of tokens (T5 and its kin) is exact attention's alone."""
-    if not isinstance(core.near_spec, Dense) or core.far_spec is not None:
+    if not _is_dense(core):
         raise ValueError(
             "the model adds a bias to the score of every pair of tokens (position_bias, as T5 does), and a summary of "
             f"many keys has no such pairs: near={core.near_spec!r}, far={core.far_spec!r} cannot honour it; "

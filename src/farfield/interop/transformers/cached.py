@@ -61,8 +61,11 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
     return out[:, :, keys - queries :]
 
 
-def dense_rows(inputs: Inputs, bias: Tensor | None = None) -> Tensor:
-    """Exact attention of the last tokens, or of another sequence; `bias` [B, Hq, Nq, Nk] is added to the scores."""
+def dense_rows(inputs: Inputs, bias: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    """Exact attention of the last tokens, or of another sequence.
+
+    `bias` [B, Hq, Nq, Nk] is added to the scores; tokens of different `segments` [B, N] do not see each other.
+    """
     queries, keys = inputs.q.shape[2], inputs.k.shape[2]
     visible = None if inputs.key_mask is None else inputs.key_mask[:, None, None]
     if inputs.causal and queries > 1:
@@ -70,6 +73,9 @@ def dense_rows(inputs: Inputs, bias: Tensor | None = None) -> Tensor:
         column = torch.arange(keys, device=device)
         order = column <= torch.arange(keys - queries, keys, device=device)[:, None]
         visible = order if visible is None else visible & order
+    if segments is not None:
+        alike = segments[:, None, :, None] == segments[:, None, None]
+        visible = alike if visible is None else visible & alike
     return _sdpa(inputs.q, inputs.k, inputs.v, visible, inputs.scale, bias)
 
 
