@@ -12,10 +12,87 @@ from farfield.merge import AttentionState, Merge, resolve_merge
 from farfield.parts import FarPart, Inputs, LayerSpec, NearPart, OutputModule, Part
 from farfield.rope import Rope, segment_positions
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "ReadyAttention"]
 
 
-class Attention(nn.Module):
+class _Mixing(nn.Module):
+    """A near field, a far field and their merge, on ready queries, keys and values."""
+
+    spec: LayerSpec
+    near: nn.Module | None
+    far: nn.Module | None
+    merge: nn.Module | None
+
+    def _assemble(self, spec: LayerSpec, near: NearPart | None, far: FarPart | None, merge: Merge) -> None:
+        """Builds the three parts, which :func:`_check` has accepted."""
+        self.spec, self.near_spec, self.far_spec, self.merge_spec = spec, near, far, merge
+        self.fused = far is not None and far.fuses(near, merge.name)
+        self.near = None if near is None or self.fused else near.build(spec)
+        self.far = None if far is None else far.build_fused(spec, near) if self.fused else far.build(spec, near)
+        both = self.near is not None and self.far is not None
+        self.merge = merge.build(spec) if both else None
+
+    def attend(self, inputs: Inputs) -> Tensor:
+        """The layer between its projections, for whoever has queries, keys and values already: `[B, Hq, N, D]`."""
+        if self.near is not None and self.far is not None and self.merge is not None:
+            out: Tensor = self.merge(self.near(inputs), self.far(inputs), inputs.x)
+            return out
+        return self._only(inputs)
+
+    def _only(self, inputs: Inputs) -> Tensor:
+        """The output of the one part there is; some have a faster way to it when nobody needs the log-sum-exp."""
+        part = self.near if self.near is not None else self.far
+        assert part is not None
+        if isinstance(part, OutputModule):
+            return part.output(inputs)
+        result: AttentionState | Tensor = part(inputs)
+        return result.out if isinstance(result, AttentionState) else result
+
+    def extra_repr(self) -> str:
+        """The three parts, as given."""
+        spec = self.spec
+        text = f"dim={spec.dim}, num_heads={spec.num_heads}, num_kv_heads={spec.num_kv_heads}, causal={spec.causal}"
+        return f"{text}, near={self.near_spec}, far={self.far_spec}, merge={self.merge_spec}, dims={spec.dims}"
+
+
+class ReadyAttention(_Mixing):
+    """A near field, a far field and their merge without projections: for queries, keys and values made elsewhere.
+
+    Call :meth:`attend`. Its `Inputs.x` may be any `[B, N, 0]`: parts that read the layer's input are refused.
+
+    Args:
+        spec: heads, widths, order and dimensions; `dim` is not used.
+        near, far, merge: as in :class:`Attention`.
+        dropout: the highest that will be asked for.
+
+    Raises:
+        ValueError: for a combination that makes no sense, or a part that reads the layer's input, with the reason.
+        TypeError: for parts or merges that are none.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        near: NearPart | None = None,
+        far: FarPart | None = None,
+        merge: str | Merge = "softmax",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        chosen = resolve_merge(merge)
+        _check(spec, near, far, chosen, None, dropout)
+        mixture = chosen if near is not None and far is not None else None
+        for role, part in (("near", near), ("far", far), ("merge", mixture)):
+            if part is not None and part.reads_input:
+                raise ValueError(
+                    f"{role}={part!r} reads the layer's input x, and here are only queries, keys and values; "
+                    "use farfield.Attention, or another part"
+                )
+        self._assemble(spec, near, far, chosen)
+
+
+class Attention(_Mixing):
     """Multi-head attention made of a near field, a far field and a merge.
 
     Everything that can be refused is refused at construction, with the reason.
@@ -68,7 +145,6 @@ class Attention(nn.Module):
         spec = _layer_spec(dim, num_heads, num_kv_heads, head_dim, causal, dims)
         chosen = resolve_merge(merge)
         _check(spec, near, far, chosen, rope, dropout)
-        self.spec, self.near_spec, self.far_spec, self.merge_spec = spec, near, far, chosen
         self.dropout = dropout
         self.rope = None if rope is None else Rope(float(rope))
         self.scale = 1 / math.sqrt(spec.head_dim)
@@ -78,11 +154,7 @@ class Attention(nn.Module):
             self.proj = nn.Linear(width, dim, bias=proj_bias)
             self.q_norm = nn.RMSNorm(spec.head_dim) if qk_norm else None
             self.k_norm = nn.RMSNorm(spec.head_dim) if qk_norm else None
-            self.fused = far is not None and far.fuses(near, chosen.name)
-            self.near = None if near is None or self.fused else near.build(spec)
-            self.far = None if far is None else far.build_fused(spec, near) if self.fused else far.build(spec, near)
-            both = self.near is not None and self.far is not None
-            self.merge = chosen.build(spec) if both else None
+            self._assemble(spec, near, far, chosen)
         if dtype is not None:
             self.to(dtype)
 
@@ -113,22 +185,6 @@ class Attention(nn.Module):
         out = self.attend(self._inputs(x, grid, key_mask, cu_seqlens))
         mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return mixed
-
-    def attend(self, inputs: Inputs) -> Tensor:
-        """The layer between its projections, for whoever has queries, keys and values already: `[B, Hq, N, D]`."""
-        if self.near is not None and self.far is not None and self.merge is not None:
-            out: Tensor = self.merge(self.near(inputs), self.far(inputs), inputs.x)
-            return out
-        return self._only(inputs)
-
-    def _only(self, inputs: Inputs) -> Tensor:
-        """The output of the one part there is; some have a faster way to it when nobody needs the log-sum-exp."""
-        part = self.near if self.near is not None else self.far
-        assert part is not None
-        if isinstance(part, OutputModule):
-            return part.output(inputs)
-        result: AttentionState | Tensor = part(inputs)
-        return result.out if isinstance(result, AttentionState) else result
 
     def _inputs(
         self, x: Tensor, grid: tuple[int, ...] | None, key_mask: Tensor | None, cu_seqlens: Tensor | None
@@ -170,12 +226,6 @@ class Attention(nn.Module):
             rope=self.rope,
             positions=None if self.rope is None else segment_positions(tokens, cu_seqlens, x.device),
         )
-
-    def extra_repr(self) -> str:
-        """The three parts, as given."""
-        spec = self.spec
-        text = f"dim={spec.dim}, num_heads={spec.num_heads}, num_kv_heads={spec.num_kv_heads}, causal={spec.causal}"
-        return f"{text}, near={self.near_spec}, far={self.far_spec}, merge={self.merge_spec}, dims={spec.dims}"
 
 
 def _layer_spec(

@@ -28,10 +28,16 @@ __all__ = [
 
 
 class Merge:
-    """What every merge declares; `build` gives a module called with (near, far, x)."""
+    """What every merge declares; `build` gives a module called with (near, far, x).
+
+    Attributes:
+        needs_state: whether both parts must give attention states.
+        reads_input: whether it needs x, the layer's input.
+    """
 
     name: ClassVar[str]
     needs_state: ClassVar[bool]
+    reads_input: ClassVar[bool] = False
 
     def build(self, spec: LayerSpec) -> nn.Module:
         """The module whose `forward(near, far, x)` returns `[B, H, N, D]`."""
@@ -63,6 +69,7 @@ class Gate(Merge):
     start: float = -2.0
     name: ClassVar[str] = "gate"
     needs_state: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.per not in ("head", "channel"):

@@ -121,11 +121,13 @@ class Part:
         gives_state: whether it returns an :class:`AttentionState` and so can meet a joint softmax.
         why_no_state: the reason when it does not.
         takes_dropout: whether it drops attention weights in training.
+        reads_input: whether it needs the layer's input x beside queries, keys and values.
         cost: score computations for n tokens, for tables, such as "n·w".
     """
 
     dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
     takes_dropout: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = False
     why_not_causal: ClassVar[str] = "it reads later tokens"
     why_no_state: ClassVar[str] = "it has no sum of exponentials over tokens"
 

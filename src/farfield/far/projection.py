@@ -40,6 +40,7 @@ class Projection(FarPart):
     chunk: int | None = None
     norm: bool = True
 
+    reads_input = True
     why_not_causal = "without chunk= its landmarks mix the whole sequence, later tokens included"
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from farfield.geometry import Geometry, default_levels, geometry, integers, per_axis
 from farfield.merge import AttentionState
 from farfield.near.blocks import Blocks
-from farfield.ops.multipole import multipole_attention
+from farfield.ops.multipole import multipole_attention, multipole_rows
 from farfield.ops.multipole.summarise import cell_centres, summarise
 from farfield.ops.multipole.summary import (
     LearnedSummary,
@@ -264,6 +264,34 @@ class _Pyramid(nn.Module):
             part=self.part,
         )
         return AttentionState(*out)
+
+    def rows(self, inputs: Inputs, first: int | Tensor) -> Tensor:
+        """The rows of near and far field from position ``first`` on, for fewer queries than keys; causal.
+
+        See :func:`farfield.ops.multipole.multipole_rows`.
+
+        Raises:
+            ValueError: for learned summaries, which fix the length.
+        """
+        options = self.options
+        if options.grid is not None:
+            raise ValueError(f"learned summaries were made for grid {options.grid}: there is no decoding with them")
+        return multipole_rows(
+            inputs.rotated_q,
+            inputs.rotated_k,
+            inputs.v,
+            first=first,
+            block=self.shape.block[0],
+            rank=self.shape.rank[0],
+            levels=self._levels(inputs),
+            key_mask=inputs.key_mask,
+            scale=inputs.scale,
+            count_bias=options.count_bias,
+            sinks=options.sinks,
+            summary=self.summary(),
+            level_bias=self.biases(),
+            part=self.part,
+        )
 
     def _rotated_summaries(self, inputs: Inputs, summary: Summary) -> Summaries:
         """Summaries of keys as they are, rotated by the position of their cell's centre."""

@@ -2,6 +2,7 @@
 
 from farfield.ops.multipole.analysis import ErrorReport, LevelError, effective_weights, error_report
 from farfield.ops.multipole.api import multipole_attention
+from farfield.ops.multipole.decode import multipole_rows
 from farfield.ops.multipole.engines import ENGINES, Request, can_run
 from farfield.ops.multipole.summarise import summarise
 from farfield.ops.multipole.summary import (
@@ -30,5 +31,6 @@ __all__ = [
     "effective_weights",
     "error_report",
     "multipole_attention",
+    "multipole_rows",
     "summarise",
 ]

@@ -1,0 +1,26 @@
+"""Making Transformers know the names "farfield" and "farfield:<recipe>"."""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from farfield import recipes
+from farfield.interop.transformers.attention import attention_function
+from farfield.interop.transformers.masks import mask
+
+__all__ = ["register"]
+
+
+def register() -> tuple[str, ...]:
+    """Makes `attn_implementation="farfield"` and "farfield:<recipe>" work for every model; any number of times.
+
+    Returns:
+        The names.
+    """
+    names = ("farfield", *(f"farfield:{recipe}" for recipe in recipes.names()))
+    known = AttentionInterface().valid_keys()
+    for name in names:
+        if name not in known:
+            AttentionInterface.register(name, attention_function(name.partition(":")[2] or None))
+            AttentionMaskInterface.register(name, mask)
+    return names
