@@ -262,7 +262,7 @@ def _pyramid(part: Any, case: Case, near: Part | None) -> Work:
 _COUNTS: dict[type, Callable[[Any, Case, Part | None], Work]] = {
     Dense: lambda part, case, near: dense(case),
     Blocks: _fused_blocks,
-    Window: lambda part, case, near: window(case, part.size, part.stride, part.dilation),
+    Window: lambda part, case, near: window(case, *part.rule(case.grid)),
     Conv: lambda part, case, near: Work(sums=case.tokens * math.prod(per_axis(part.kernel, case.dims, "kernel"))),
     Pyramid: _pyramid,
     Projection: lambda part, case, near: projection(case, part),

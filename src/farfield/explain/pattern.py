@@ -252,10 +252,7 @@ def _kernel(grid: tuple[int, ...], sizes: tuple[int, ...], causal: bool) -> npt.
 def _window(grid: tuple[int, ...], part: Window, causal: bool) -> npt.NDArray[np.bool_]:
     """[N, N] the window of generalised neighbourhood attention (NATTEN), the product over axes."""
     dims = len(grid)
-    sizes, strides, dilations = (
-        per_axis(value, dims, name)
-        for name, value in (("size", part.size), ("stride", part.stride), ("dilation", part.dilation))
-    )
+    sizes, strides, dilations = part.rule(grid)
     place = _coordinates(grid)
     seen = np.ones((prod(grid), prod(grid)), dtype=bool)
     for axis in range(dims):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from farfield.attention import Attention
-from farfield.recipes import agent, blocks, dense, fma, l2vit, transformer_ls, window
+from farfield.recipes import agent, blocks, dense, dina, fma, gna, l2vit, na, transformer_ls, window
 from farfield.recipes.registry import Parts, Recipe, Registry, Setting
 
 __all__ = ["Parts", "Recipe", "Setting", "build", "get", "names", "options"]
 
 _REGISTRY = Registry(
-    *(module.RECIPE for module in (dense, window, fma, blocks, transformer_ls, agent, l2vit)),
+    *(module.RECIPE for module in (dense, window, fma, blocks, transformer_ls, agent, l2vit, na, dina, gna)),
 )
 
 
@@ -29,8 +29,8 @@ def get(name: str) -> Recipe:
     return _REGISTRY.get(name)
 
 
-def options(name: str, dims: int = 1) -> dict[str, Any]:
-    """The options of a recipe with their defaults in `dims` dimensions.
+def options(name: str, dims: int | None = None) -> dict[str, Any]:
+    """The options of a recipe with their defaults in `dims` dimensions (by default the first in which it works).
 
     Raises:
         ValueError: for an unknown name.
