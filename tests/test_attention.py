@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from farfield.attention import Attention
-from farfield.far import Landmarks, Linear, Projection, Pyramid
+from farfield.far import Channels, Landmarks, Linear, Projection, Pyramid
 from farfield.merge import AttentionState, Gate, resolve_merge
-from farfield.near import Blocks, Conv, Dense, Window
+from farfield.near import Blocks, Conv, Dense, Partition, Window
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part
 
 CAUSAL: dict[str, dict[str, Any]] = {
@@ -24,6 +24,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "fma": {"near": Blocks(8), "far": Pyramid(rank=2)},
     "fma, cells": {"near": Blocks(8), "far": Pyramid(rank=2, summary="mean", rope="cells")},
     "fma, gate": {"near": Blocks(8), "far": Pyramid(rank=2), "merge": "gate"},
+    "partition": {"near": Partition(8, shift=3, bias=True)},
     "linear": {"far": Linear()},
     "window and linear": {"near": Window(9), "far": Linear("relu"), "merge": Gate(per="channel")},
     "window and projection": {"near": Window(9, kv_norm=True), "far": Projection(2, chunk=8)},
@@ -32,6 +33,9 @@ CAUSAL: dict[str, dict[str, Any]] = {
 OPEN: dict[str, dict[str, Any]] = {
     "agents": {"near": Conv(3), "far": Landmarks(3), "merge": "sum"},
     "agents, joint": {"near": Window(5), "far": Landmarks(3)},
+    "spread": {"near": Partition(3, spread=True, bias=True)},
+    "widest": {"near": Window(3, dilation=None)},
+    "channels": {"near": Window(3), "far": Channels(), "merge": "gate"},
     "projection": {"near": Dense(), "far": Projection(4)},
     "fma, pooled queries": {"near": Blocks(8), "far": Pyramid(rank=2, query_rank=2)},
 }

@@ -176,5 +176,6 @@ def test_an_unknown_part_is_not_guessed() -> None:
 def test_every_recipe_is_counted(name: str) -> None:
     for layer in (0, 1):
         built = recipes.build(name, 32, 4, layer=layer)
-        work = work_of(built.near_spec, built.far_spec, Case((300,), heads=4, head_dim=8))
-        assert work is not None and work.flops(Case((300,)), "forward") > 0
+        case = Case({1: (300,), 2: (15, 20), 3: (3, 10, 10)}[built.spec.dims], heads=4, head_dim=8)
+        work = work_of(built.near_spec, built.far_spec, case)
+        assert work is not None and work.flops(case, "forward") > 0

@@ -35,7 +35,15 @@ def test_a_core_is_the_layer_between_its_projections() -> None:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_runs_at_its_core(name: str) -> None:
-    for case in (Case((40,), causal=True, heads=2, head_dim=8), Case((6, 7), heads=2, head_dim=8)):
+    for case in (
+        Case((40,), causal=True, heads=2, head_dim=8),
+        Case((6, 7), heads=2, head_dim=8),
+        Case((2, 3, 7), heads=2, head_dim=8),
+    ):
+        if case.dims not in recipes.get(name).dims:
+            with pytest.raises(ValueError, match=f"works in .*; dims={case.dims} was asked for"):
+                recipe(name, {}, name).make(case)
+            continue
         if case.causal and not recipes.get(name).causal:
             with pytest.raises(ValueError, match="cannot be causal"):
                 recipe(name, {}, name).make(case)

@@ -128,7 +128,8 @@ def test_summaries_are_counted() -> None:
 def test_every_recipe_has_a_picture(name: str) -> None:
     recipe = ff.recipes.get(name)
     for layer in (0, 1):
-        codes = visibility(name, 40, causal=recipe.causal, layer=layer)
+        shape = {1: 40, 2: (5, 8), 3: (2, 4, 5)}[recipe.dims[0]]
+        codes = visibility(name, shape, causal=recipe.causal, layer=layer)
         assert (codes != UNSEEN).any(1).all()
 
 

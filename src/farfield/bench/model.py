@@ -23,8 +23,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 
 from farfield.bench.case import Case
+from farfield.far.channels import Channels
 from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
 from farfield.far.projection import Projection
@@ -33,6 +35,7 @@ from farfield.geometry import EMPTY, Geometry, Ints, default_levels, geometry, p
 from farfield.near.blocks import Blocks
 from farfield.near.conv import Conv
 from farfield.near.dense import Dense
+from farfield.near.partition import Partition
 from farfield.near.window import Window
 from farfield.parts import Part
 
@@ -182,6 +185,13 @@ def _window_axis(length: int, size: int, stride: int, dilation: int, causal: boo
     return total
 
 
+def partition(case: Case, part: Partition) -> Work:
+    """Tiles that share no token: the square of each, causal its triangle."""
+    tiles = part.tiling(case.grid, torch.device("cpu"))
+    sizes = np.bincount(tiles.place.numpy() // tiles.places).astype(np.int64)
+    return Work(exact=int((sizes * (sizes + 1) // 2).sum() if case.causal else (sizes**2).sum()))
+
+
 def pyramid(case: Case, far: Pyramid, block: int | tuple[int, ...]) -> Work:
     """The interaction lists of every level, and what it takes to make the summaries."""
     most = default_levels(case.grid, per_axis(block, case.dims, "block"))
@@ -263,9 +273,12 @@ _COUNTS: dict[type, Callable[[Any, Case, Part | None], Work]] = {
     Dense: lambda part, case, near: dense(case),
     Blocks: _fused_blocks,
     Window: lambda part, case, near: window(case, *part.rule(case.grid)),
+    Partition: lambda part, case, near: partition(case, part),
     Conv: lambda part, case, near: Work(sums=case.tokens * math.prod(per_axis(part.kernel, case.dims, "kernel"))),
     Pyramid: _pyramid,
     Projection: lambda part, case, near: projection(case, part),
     Landmarks: lambda part, case, near: landmarks(case, part),
     Linear: lambda part, case, near: linear(case),
+    # A D x D matrix of products over tokens, and its product with every value.
+    Channels: lambda part, case, near: linear(case),
 }

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from farfield import recipes
+from farfield.far.channels import Channels
 from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
 from farfield.far.projection import Projection
@@ -23,6 +25,7 @@ from farfield.geometry import EMPTY, Ints, default_levels, geometry, per_axis
 from farfield.near.blocks import Blocks
 from farfield.near.conv import Conv
 from farfield.near.dense import Dense
+from farfield.near.partition import Partition
 from farfield.near.window import Window
 from farfield.parts import Part
 
@@ -148,7 +151,7 @@ def pattern_of_parts(name: str, near: Part | None, far: Part | None, grid: tuple
             )
         elif isinstance(far, Projection):
             landmarks = _projection(codes, far, causal)
-        elif isinstance(far, Linear):
+        elif isinstance(far, Linear | Channels):
             _everything(codes, causal, GLOBAL)
         else:
             raise ValueError(f"no picture is known for the far field {far!r} of {name!r}")
@@ -182,6 +185,10 @@ def _near(codes: Codes, part: Part, grid: tuple[int, ...], causal: bool, name: s
         codes[seen & np.tri(len(codes), dtype=bool) if causal else seen] = EXACT
     elif isinstance(part, Window):
         codes[_window(grid, part, causal)] = EXACT
+    elif isinstance(part, Partition):
+        tile = _tile(grid, part)
+        seen = tile[:, None] == tile
+        codes[seen & np.tri(len(codes), dtype=bool) if causal else seen] = EXACT
     elif isinstance(part, Conv):
         codes[_kernel(grid, per_axis(part.kernel, len(grid), "kernel"), causal)] = EXACT
     else:
@@ -247,6 +254,12 @@ def _kernel(grid: tuple[int, ...], sizes: tuple[int, ...], causal: bool) -> npt.
         ahead = place[axis][None, :] - place[axis][:, None]
         seen &= (ahead <= 0) & (ahead > -size) if causal else abs(ahead) <= size // 2
     return seen
+
+
+def _tile(grid: tuple[int, ...], part: Partition) -> Ints:
+    """[N] the tile of every token."""
+    tiles = part.tiling(grid, torch.device("cpu"))
+    return np.asarray(tiles.place.numpy() // tiles.places, dtype=np.int64)
 
 
 def _window(grid: tuple[int, ...], part: Window, causal: bool) -> npt.NDArray[np.bool_]:

@@ -66,7 +66,7 @@ def axis_tiles(length: int, size: int, shift: int, spread: bool) -> Ints:
         table = np.arange(min(step, length))[:, None] + step * places
     else:
         # One tile over everything has no neighbour to exchange with.
-        first = shift - size if 0 < shift and size < length else 0
+        first = shift - size if shift > 0 and size < length else 0
         table = np.arange(first, length, size)[:, None] + places
     return np.where((table >= 0) & (table < length), table, EMPTY)
 

@@ -5,13 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 from farfield.attention import Attention
-from farfield.recipes import agent, blocks, dense, dina, fma, gna, l2vit, na, transformer_ls, window
+from farfield.recipes import (
+    agent,
+    blocks,
+    davit,
+    dense,
+    dina,
+    fma,
+    fma2d,
+    gna,
+    l2vit,
+    maxvit,
+    na,
+    swin,
+    transformer_ls,
+    window,
+)
 from farfield.recipes.registry import Parts, Recipe, Registry, Setting
 
 __all__ = ["Parts", "Recipe", "Setting", "build", "get", "names", "options"]
 
 _REGISTRY = Registry(
-    *(module.RECIPE for module in (dense, window, fma, blocks, transformer_ls, agent, l2vit, na, dina, gna)),
+    dense.RECIPE,
+    window.RECIPE,
+    fma.RECIPE,
+    fma2d.RECIPE,
+    blocks.RECIPE,
+    transformer_ls.RECIPE,
+    agent.RECIPE,
+    l2vit.RECIPE,
+    na.RECIPE,
+    dina.RECIPE,
+    gna.RECIPE,
+    swin.RECIPE,
+    maxvit.RECIPE,
+    davit.RECIPE,
 )
 
 
