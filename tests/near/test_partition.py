@@ -31,7 +31,8 @@ def _tile(i: int, n: int, size: int, shift: int, spread: bool) -> tuple[int, int
 
 CASES = [
     ((23,), 5, 0, False), ((23,), 5, 2, False), ((23,), 5, 0, True), ((13, 7), 4, 3, False),
-    ((7, 11), (3, 20), 0, True), ((9, 5), (3, 5), (1, 2), False), ((4, 5, 7), 3, 1, False), ((4, 5, 7), 2, 0, True), ((1, 2), 3, 1, False),
+    ((7, 11), (3, 20), 0, True), ((9, 5), (3, 5), (1, 2), False), ((4, 5, 7), 3, 1, False), ((4, 5, 7), 2, 0, True),
+    ((1, 2), 3, 1, False),
 ]  # fmt: skip
 
 
