@@ -9,9 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from farfield.attention import Attention
-from farfield.far import Channels, Landmarks, Linear, Projection, Pyramid
+from farfield.far import (
+    Channels,
+    Landmarks,
+    Linear,
+    Multigrid,
+    Pooled,
+    Projection,
+    Pyramid,
+    Relay,
+    Spectrum,
+)
 from farfield.merge import AttentionState, Gate, resolve_merge
-from farfield.near import Blocks, Conv, Dense, Partition, Window
+from farfield.near import Anchors, Blocks, Conv, Dense, DynamicConv, GlobalQueries, Partition, Window
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part
 
 CAUSAL: dict[str, dict[str, Any]] = {
@@ -26,6 +36,10 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "fma, gate": {"near": Blocks(8), "far": Pyramid(rank=2), "merge": "gate"},
     "partition": {"near": Partition(8, shift=3, bias=True)},
     "linear": {"far": Linear()},
+    "linear, centred": {"far": Linear("identity", normalise="subtract")},
+    "window and pooled": {"near": Window(12), "far": Pooled(4, summary="learned")},
+    "window and pooled in reach": {"near": Window(12), "far": Pooled(4, reach=2, rank=2, bias=True, count_bias=True)},
+    "anchors": {"near": Anchors(5), "far": Pooled(8, count_bias=True)},
     "window and linear": {"near": Window(9), "far": Linear("relu"), "merge": Gate(per="channel")},
     "window and projection": {"near": Window(9, kv_norm=True), "far": Projection(2, chunk=8)},
     "conv and linear": {"near": Conv(2), "far": Linear("softmax"), "merge": "sum"},
@@ -35,6 +49,13 @@ OPEN: dict[str, dict[str, Any]] = {
     "agents, joint": {"near": Window(5), "far": Landmarks(3)},
     "spread": {"near": Partition(3, spread=True, bias=True)},
     "widest": {"near": Window(3, dilation=None)},
+    "global queries": {"near": GlobalQueries(4)},
+    "dynamic conv": {"near": DynamicConv(3), "far": Linear("identity", normalise="subtract"), "merge": "sum"},
+    "pooled": {"far": Pooled(4, rank=2)},
+    "multigrid": {"near": Window(4, stride=4), "far": Multigrid(4, sampling="learned"), "merge": "sum"},
+    "multigrid of means": {"near": Window(4, stride=4), "far": Multigrid(4, 3), "merge": "sum"},
+    "spectrum": {"far": Spectrum(7)},
+    "relay": {"near": Partition(8), "far": Relay(8, 2)},
     "channels": {"near": Window(3), "far": Channels(), "merge": "gate"},
     "projection": {"near": Dense(), "far": Projection(4)},
     "fma, pooled queries": {"near": Blocks(8), "far": Pyramid(rank=2, query_rank=2)},

@@ -19,7 +19,7 @@ from torch import Tensor
 from farfield.geometry import EMPTY, Ints
 from farfield.ops.state import AttentionState, attend_dense
 
-__all__ = ["Tiling", "attend_tiles", "axis_tiles", "offsets", "tile_output", "tiling"]
+__all__ = ["Tiling", "attend_tiles", "axis_tiles", "offsets", "pool_tiles", "tile_output", "tiling"]
 
 
 @dataclass(frozen=True)
@@ -192,3 +192,27 @@ def tile_output(
     groups = query.shape[1] // key.shape[1]
     k, v = (tiles.split(x.repeat_interleave(groups, 1) if groups > 1 else x) for x in (key, value))
     return tiles.join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale))
+
+
+def pool_tiles(x: Tensor, tiles: Tiling, key_mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """One vector per tile: the mean over its visible tokens, or a weighted sum.
+
+    Args:
+        x: `[B, H, N, D]`; what hidden tokens hold does not matter.
+        tiles: the tiling.
+        key_mask: bool `[B, N]`, tokens that take part, or None for all.
+        weights: `[H, M, D]` factors on the mean's summands, or None for ones.
+
+    Returns:
+        `[B, H, T, D]`, 0 where a tile has no visible token. O(N).
+    """
+    laid = tiles.split(x)
+    seen = tiles.seen(key_mask)
+    if seen is None:
+        pooled = laid.mean(2) if weights is None else (laid * weights).mean(2)
+    else:
+        seen = seen.repeat(x.shape[0], 1) if key_mask is None else seen
+        laid = laid.masked_fill(~seen[:, None, :, None], 0.0)
+        total = (laid if weights is None else laid * weights).sum(2)
+        pooled = total / seen.sum(1).clamp(min=1)[:, None, None]
+    return pooled.unflatten(0, (-1, tiles.tiles)).transpose(1, 2)
