@@ -64,8 +64,8 @@ def test_gcvit() -> None:
     _projections(layer, other, skip=16)
     assert layer.near is not None
     with torch.no_grad():
-        table = other.rel_pos.relative_position_bias_table  # [offsets, heads], offset = query place - key place
-        layer.near.bias.table.copy_(table.T)
+        # [offsets, heads] by query place - key place, here by key place - query place.
+        layer.near.bias.table.copy_(other.rel_pos.relative_position_bias_table.T.flip(1))
     x = torch.randn(3, 8, 12, 16, dtype=torch.float64)
     inputs = layer._inputs(x.flatten(1, 2), (8, 12), None, None)
     shared = layer.near.queries(inputs).transpose(1, 2).flatten(2)

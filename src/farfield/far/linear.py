@@ -27,13 +27,10 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": _elu,
-    "relu": F.relu,
-    "softmax": _softmax,
-    "identity": _identity,
-}
-"""Feature maps phi: elu(x) + 1, max(x, 0), softmax over the channels of a token, which are never negative, and x."""
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"elu": _elu, "relu": F.relu, "softmax": _softmax}
+"""Feature maps phi, none of them negative: elu(x) + 1, max(x, 0), softmax over the channels of a token."""
+
+_MAPS = {**FEATURES, "identity": _identity}
 
 NORMALISERS = ("divide", "subtract")
 
@@ -74,8 +71,8 @@ class Linear(FarPart):
     why_no_state = "its weights are not a softmax over tokens, so there is no log-sum-exp to weigh it by"
 
     def __post_init__(self) -> None:
-        if self.feature not in FEATURES:
-            raise ValueError(f"Linear(feature={self.feature!r}): known feature maps are {', '.join(FEATURES)}")
+        if self.feature not in _MAPS:
+            raise ValueError(f"Linear(feature={self.feature!r}): known feature maps are {', '.join(_MAPS)}")
         if not self.floor >= 0:
             raise ValueError(f"Linear(floor={self.floor!r}): the least denominator cannot be negative")
         if self.normalise not in NORMALISERS:
@@ -113,7 +110,7 @@ class _Linear(nn.Module):
         """The output `[B, Hq, N, D]`."""
         if inputs.cu_seqlens is not None:
             return by_segment(inputs, self.forward)
-        feature = FEATURES[self.part.feature]
+        feature = _MAPS[self.part.feature]
         wide = torch.promote_types(inputs.q.dtype, torch.float32)
         # Sums over all tokens need the range of float32.
         with torch.autocast(inputs.q.device.type, enabled=False):

@@ -39,5 +39,5 @@ def test_what_makes_no_sense_is_refused(make: object, message: str) -> None:
 )
 def test_what_reads_the_future_is_not_causal(part: Part) -> None:
     role = "near" if isinstance(part, GlobalQueries | DynamicConv) else "far"
-    with pytest.raises(ValueError, match="is not causal-safe: .*; use causal=False"):
+    with pytest.raises(ValueError, match=r"is not causal-safe: .*; use causal=False"):
         Attention(16, 4, causal=True, **{role: part})  # type: ignore[arg-type]
