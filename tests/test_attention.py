@@ -184,6 +184,12 @@ def test_images_and_volumes() -> None:
             {"near": Conv(3), "far": Landmarks(2), "merge": "sum"},
             {"near": Window(2), "far": Linear(), "merge": "gate"},
             {"near": Window(2), "far": Projection(3)},
+            {"near": Partition(3, shift=1, bias=True), "far": Relay(3, 2)},
+            {"near": GlobalQueries(2), "far": Pooled(2, reach=1, bias=True)},
+            {"near": DynamicConv(3), "far": Spectrum(4), "merge": "sum"},
+            {"near": Anchors(2), "far": Pooled((1, *(2,) * (dims - 1)), summary="learned", rank=2)},
+            {"near": Window(2, dilation=None), "far": Multigrid(2), "merge": "gate"},
+            {"near": Partition(2, spread=True), "far": Channels(), "merge": "sum"},
         ):
             layer = Attention(16, 2, dims=dims, **options)  # type: ignore[arg-type]
             assert layer(x, grid=grid).shape == x.shape
@@ -206,7 +212,7 @@ def test_options_of_the_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
-@pytest.mark.parametrize("name", ["window", "fma"])
+@pytest.mark.parametrize("name", ["window", "fma", "partition", "window and projection", "window and pooled in reach"])
 def test_the_layer_compiles_into_one_graph_and_checkpoints(name: str) -> None:
     layer = _layer(True, CAUSAL[name])
     torch._dynamo.reset()

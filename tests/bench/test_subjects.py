@@ -56,11 +56,11 @@ def test_every_recipe_runs_at_its_core(name: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize("name", ["fma", "blocks", "window"])
+@pytest.mark.parametrize("name", ["fma", "blocks", "window", "fma2d", "na", "dina", "gna"])
 def test_named_engines_agree_with_the_layer(name: str, impl: str) -> None:
-    case = Case((150,), causal=True, heads=2, head_dim=8)
+    case = Case((12, 13) if name == "fma2d" else (150,), causal=name != "fma2d", heads=2, head_dim=8)
     inputs = Inputs.of(case)
-    options = {"block": 8}
+    options: dict[str, int] = {"layer": 1} if name in ("na", "dina", "gna") else {"block": 2 if name == "fma2d" else 8}
     one = recipe(name, options, name).make(case)
     other = recipe(name, {**options, "impl": impl}, name).make(case)
     assert other.engine == impl

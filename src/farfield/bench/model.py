@@ -30,7 +30,7 @@ from farfield.far.channels import Channels
 from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
 from farfield.far.multigrid import Multigrid
-from farfield.far.pooled import Pooled, cells_in_reach
+from farfield.far.pooled import Pooled
 from farfield.far.projection import Projection
 from farfield.far.pyramid import Pyramid
 from farfield.far.relay import Relay
@@ -44,6 +44,7 @@ from farfield.near.dynamic_conv import DynamicConv
 from farfield.near.global_queries import GlobalQueries
 from farfield.near.partition import Partition
 from farfield.near.window import Window
+from farfield.ops.tiling import cells_in_reach
 from farfield.parts import Part
 
 __all__ = ["MODES", "Floor", "Rates", "Work", "floor", "work_of"]
@@ -215,7 +216,8 @@ def pooled(case: Case, far: Pooled) -> Work:
     if reach is None:
         seen = int((sizes * np.arange(len(sizes))).sum()) if case.causal else case.tokens * tiles.tiles
     else:
-        seen = int((sizes * (cells_in_reach(far.counts(case.grid), reach, case.causal) != EMPTY).sum(1)).sum())
+        table = cells_in_reach(far.counts(case.grid), reach, case.causal, torch.device("cpu")).numpy()
+        seen = int((sizes * (table != EMPTY).sum(1)).sum())
     compress = 0 if far.rank is None else far.rank * (case.tokens + tiles.tiles)
     return Work(far=seen, sums=2 * case.tokens + compress, stored=2 * tiles.tiles)
 

@@ -160,7 +160,9 @@ def _engines(name: str) -> tuple[str, ...]:
     """The engines that an entry of this recipe may name."""
     from farfield.ops.window.api import ENGINES as WINDOWS
 
-    return {"fma": ENGINES, "blocks": ENGINES, "window": WINDOWS}.get(name, ())
+    if name in ("fma", "fma2d", "blocks"):
+        return ENGINES
+    return WINDOWS if name in ("window", "na", "dina", "gna") else ()
 
 
 def _request(layer: Attention, case: Case) -> Request:

@@ -20,7 +20,7 @@ from farfield.far.channels import Channels
 from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
 from farfield.far.multigrid import Multigrid
-from farfield.far.pooled import Pooled, cells_in_reach
+from farfield.far.pooled import Pooled
 from farfield.far.projection import Projection
 from farfield.far.pyramid import Pyramid
 from farfield.far.relay import Relay
@@ -34,6 +34,7 @@ from farfield.near.dynamic_conv import DynamicConv
 from farfield.near.global_queries import GlobalQueries
 from farfield.near.partition import Partition
 from farfield.near.window import Window
+from farfield.ops.tiling import cells_in_reach
 from farfield.parts import Part
 
 Codes = npt.NDArray[np.int16]
@@ -165,7 +166,9 @@ def pattern_of_parts(name: str, near: Part | None, far: Part | None, grid: tuple
         elif isinstance(far, Relay):
             codes[:] = GLOBAL
             landmarks = float(far.count)
-        elif isinstance(far, Linear | Channels | Spectrum):
+        elif isinstance(far, Spectrum):
+            codes[_lags(grid, per_axis(far.size, len(grid), "size"))] = GLOBAL
+        elif isinstance(far, Linear | Channels):
             _everything(codes, causal, GLOBAL)
         else:
             raise ValueError(f"no picture is known for the far field {far!r} of {name!r}")
@@ -272,7 +275,7 @@ def _pooled(codes: Codes, far: Pooled, grid: tuple[int, ...], causal: bool) -> I
     if reach is None:
         codes[cell[None, :] < cell[:, None] if causal else slice(None)] = 1
     else:
-        seen = _listed(cells_in_reach(far.counts(grid), reach, causal), tiles.tiles)
+        seen = _listed(cells_in_reach(far.counts(grid), reach, causal, torch.device("cpu")).numpy(), tiles.tiles)
         codes[seen[np.ix_(cell, cell)]] = 1
     return cell[None]
 
@@ -289,6 +292,16 @@ def _multigrid(codes: Codes, far: Multigrid, grid: tuple[int, ...]) -> Ints:
         codes[seen[np.ix_(cell, cell)]] = level
         cells[level - 1] = cell
     return cells
+
+
+def _lags(grid: tuple[int, ...], sizes: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """[N, N] what a circular convolution with a kernel of these sizes reads."""
+    place = _coordinates(grid)
+    seen = np.ones((prod(grid), prod(grid)), dtype=bool)
+    for axis, (size, length) in enumerate(zip(sizes, grid, strict=True)):
+        behind = (place[axis][:, None] - place[axis][None, :] + size // 2) % length
+        seen &= behind < size
+    return seen
 
 
 def _kernel(grid: tuple[int, ...], sizes: tuple[int, ...], causal: bool) -> npt.NDArray[np.bool_]:

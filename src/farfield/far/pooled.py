@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farfield.geometry import EMPTY, Ints, integers, per_axis
+from farfield.geometry import EMPTY, integers, per_axis
 from farfield.ops.state import AttentionState, attend_dense
-from farfield.ops.tiling import Tiling, pool_tiles, tiling
+from farfield.ops.tiling import Tiling, cells_in_reach, pool_tiles, tiling
 from farfield.parts import FarPart, Inputs, LayerSpec, OutputModule, Part, by_segment, repeat_heads
 
-__all__ = ["CellWeights", "Pooled", "cells_in_reach"]
+__all__ = ["CellWeights", "Pooled"]
 
 _SUMMARIES = ("mean", "learned")
 
@@ -97,22 +94,6 @@ class Pooled(FarPart):
         return _Pooled(self, spec)
 
 
-@lru_cache(maxsize=64)
-def cells_in_reach(counts: tuple[int, ...], reach: tuple[int, ...], causal: bool) -> Ints:
-    """[cells, prod(2 reach + 1)] the cells around each, by rising offset, :data:`EMPTY` outside the grid.
-
-    Causal (1-D): only those before it.
-    """
-    own = np.indices(counts).reshape(len(counts), -1).T
-    steps = np.array(list(itertools.product(*(range(-r, r + 1) for r in reach))))
-    other = own[:, None] + steps
-    inside = ((other >= 0) & (other < np.array(counts))).all(-1)
-    if causal:
-        inside &= steps[:, 0] < 0
-    number = np.ravel_multi_index(tuple(np.moveaxis(other, -1, 0)), counts, mode="clip")
-    return np.where(inside, number, EMPTY).astype(np.int64)
-
-
 class CellWeights(nn.Module):
     """A weight per head, place of a cell and channel, relative to the mean: all ones at the start.
 
@@ -161,13 +142,11 @@ class _Pooled(OutputModule):
             return by_segment(inputs, self.forward)
         tiles = self.part.tiling(inputs.grid, inputs.q.device)
         query, keys, values, scale = self._compressed(inputs, tiles)
-        # Bool [B or 1, T], cells with a visible token, and how many tokens each has.
-        if inputs.key_mask is None:
-            count = torch.bincount(tiles.place // tiles.places, minlength=tiles.tiles)[None]
+        seen = tiles.seen(inputs.key_mask)
+        if seen is None:
+            count = torch.full((1, tiles.tiles), tiles.places, device=query.device)
         else:
-            seen = tiles.seen(inputs.key_mask)
-            assert seen is not None
-            count = seen.sum(1).view(-1, tiles.tiles)
+            count = seen.sum(1).view(-1, tiles.tiles)  # [B, T], or [1, T] without a key mask
         present = count > 0
         mass = count.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log()
 
@@ -183,7 +162,7 @@ class _Pooled(OutputModule):
                 visible = visible & (torch.arange(tiles.tiles, device=own.device) < own[:, None])
             bias = mass[:, None, None] if self.part.count_bias else None
             return attend_dense(query, keys, values, scale=scale, bias=bias, visible=visible, keep=drop)
-        table = torch.from_numpy(cells_in_reach(self.part.counts(inputs.grid), reach, inputs.causal)).to(query.device)
+        table = cells_in_reach(self.part.counts(inputs.grid), reach, inputs.causal, query.device)
         index = table.clamp(min=0)
 
         def around(x: Tensor) -> Tensor:

@@ -8,18 +8,15 @@ some places hold no token; nobody sees them. In n-D everything is the product ov
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farfield.geometry import EMPTY, Ints
+from farfield.geometry import EMPTY
 from farfield.ops.state import AttentionState, attend_dense
 
-__all__ = ["Tiling", "attend_tiles", "axis_tiles", "offsets", "pool_tiles", "tile_output", "tiling"]
+__all__ = ["Tiling", "attend_tiles", "cells_in_reach", "offsets", "pool_tiles", "tile_output", "tiling"]
 
 
 @dataclass(frozen=True)
@@ -58,54 +55,46 @@ class Tiling:
         return (laid if self.valid is None else laid & self.valid).flatten(0, 1)
 
 
-def axis_tiles(length: int, size: int, shift: int, spread: bool) -> Ints:
-    """[tiles, size] tokens of every tile of one axis, :data:`EMPTY` at places without one."""
-    places = np.arange(size)
-    if spread:
-        step = -(-length // size)
-        table = np.arange(min(step, length))[:, None] + step * places
-    else:
-        # One tile over everything has no neighbour to exchange with.
-        first = shift - size if shift > 0 and size < length else 0
-        table = np.arange(first, length, size)[:, None] + places
-    return np.where((table >= 0) & (table < length), table, EMPTY)
-
-
-@lru_cache(maxsize=64)
 def tiling(
     grid: tuple[int, ...], size: tuple[int, ...], shift: tuple[int, ...], spread: bool, device: torch.device
 ) -> Tiling:
-    """The tiling for checked arguments; kept, since layers and steps ask for the same again.
+    """The tiling for checked arguments. O(N); made of torch's arithmetic alone, so that it can be traced.
 
     Args:
         grid: lengths of the axes.
-        size: places of a tile per axis. An axis that is shorter is one tile.
+        size: places of a tile per axis. An axis that is not longer is one tile.
         shift: tokens before the first boundary per axis, 0 to size - 1; 0 for a boundary at the first token.
         spread: tiles of spread instead of neighbouring tokens.
         device: of the tensors.
     """
-    sides = [min(s, n) for s, n in zip(size, grid, strict=True)]
-    tables = [axis_tiles(n, s, o, spread) for n, s, o in zip(grid, sides, shift, strict=True)]
-    token = np.zeros((1, 1), dtype=np.int64)
-    for table, length in zip(tables, grid, strict=True):
-        joined = token[:, None, :, None] * length + table[None, :, None, :]
-        empty = (token[:, None, :, None] == EMPTY) | (table[None, :, None, :] == EMPTY)
-        token = np.where(empty, EMPTY, joined).reshape(len(token) * len(table), -1)
-    valid = token != EMPTY
-    place = np.empty(prod(grid), dtype=np.int64)
-    place[token[valid]] = np.flatnonzero(valid.reshape(-1))
-    # Kept tensors must serve later calls under autograd too.
-    with torch.inference_mode(False):
-        return Tiling(
-            tiles=len(token),
-            places=token.shape[1],
-            token=torch.from_numpy(np.where(valid, token, 0).reshape(-1)).to(device),
-            place=torch.from_numpy(place).to(device),
-            valid=None if valid.all() else torch.from_numpy(valid).to(device),
-        )
+    token = tile = place = torch.zeros(1, dtype=torch.int64, device=device)
+    token, valid = token[None], torch.ones(1, 1, dtype=torch.bool, device=device)
+    tiles = places = 1
+    whole = True
+    for length, most, first in zip(grid, size, shift, strict=True):
+        side = min(most, length)
+        own, index = torch.arange(side, device=device), torch.arange(length, device=device)
+        if spread:
+            count = -(-length // side)
+            table = torch.arange(count, device=device)[:, None] + count * own
+            of_tile, of_place = index % count, index // count
+        else:
+            # One tile over everything has no neighbour to exchange with.
+            start = first - side if first > 0 and side < length else 0
+            count = -(-(length - start) // side)
+            table = start + side * torch.arange(count, device=device)[:, None] + own
+            of_tile, of_place = (index - start) // side, (index - start) % side
+        inside = (table >= 0) & (table < length)
+        token = _outer(token * length, torch.where(inside, table, 0))
+        valid = (valid[:, None, :, None] & inside[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+        tile = (tile[:, None] * count + of_tile).flatten()
+        place = (place[:, None] * side + of_place).flatten()
+        tiles, places, whole = tiles * count, places * side, whole and count * side == length
+    return Tiling(
+        tiles, places, torch.where(valid, token, 0).flatten(), tile * places + place, None if whole else valid
+    )
 
 
-@lru_cache(maxsize=64)
 def offsets(size: tuple[int, ...], sides: tuple[int, ...], device: torch.device) -> Tensor:
     """[M, M] number of the offset key place - query place in a table of prod(2 size - 1) entries.
 
@@ -114,13 +103,34 @@ def offsets(size: tuple[int, ...], sides: tuple[int, ...], device: torch.device)
         sides: places of the tile at hand, at most `size`.
         device: of the tensor.
     """
-    total = np.zeros((1, 1), dtype=np.int64)
-    for s, side in zip(size, sides, strict=True):
-        ahead = np.arange(side)[None, :] - np.arange(side)[:, None] + s - 1
-        joined = total[:, None, :, None] * (2 * s - 1) + ahead[None, :, None, :]
-        total = joined.reshape(len(total) * side, -1)
-    with torch.inference_mode(False):
-        return torch.from_numpy(total).to(device)
+    total = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for most, side in zip(size, sides, strict=True):
+        own = torch.arange(side, device=device)
+        total = _outer(total * (2 * most - 1), own[None, :] - own[:, None] + most - 1)
+    return total
+
+
+def cells_in_reach(counts: tuple[int, ...], reach: tuple[int, ...], causal: bool, device: torch.device) -> Tensor:
+    """[cells, prod(2 reach + 1)] the cells around each of a coarse grid, by rising offset, :data:`EMPTY` outside.
+
+    Causal (1-D): only those before it.
+    """
+    number = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    valid = torch.ones(1, 1, dtype=torch.bool, device=device)
+    for count, side in zip(counts, reach, strict=True):
+        step = torch.arange(-side, side + 1, device=device)
+        other = torch.arange(count, device=device)[:, None] + step
+        inside = (other >= 0) & (other < count)
+        if causal:
+            inside = inside & (step < 0)
+        number = _outer(number * count, torch.where(inside, other, 0))
+        valid = (valid[:, None, :, None] & inside[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+    return torch.where(valid, number, EMPTY)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of [a, b] and [c, d], as [a * c, b * d]."""
+    return (a[:, None, :, None] + b[None, :, None, :]).flatten(2, 3).flatten(0, 1)
 
 
 def attend_tiles(
