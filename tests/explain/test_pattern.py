@@ -149,14 +149,17 @@ def test_pictures_are_what_outputs_depend_on(name: str, layer: int) -> None:
     codes = visibility(name, grid, causal=False, layer=layer, **options)
     tokens = len(codes)
     inputs = built._inputs(torch.randn(1, tokens, 8, dtype=torch.float64), grid, None, None)
-    inputs.k, inputs.v = (t.detach().requires_grad_() for t in (inputs.k, inputs.v))
+    # Of one sign, so that no feature map cuts a pair off.
+    inputs.q = inputs.q.detach().abs()
+    inputs.k, inputs.v = (t.detach().abs().requires_grad_() for t in (inputs.k, inputs.v))
     out = built.attend(inputs)
     for row in (0, tokens // 2, tokens - 1):
         loss = out[0, :, row].square().sum()
         grads = torch.autograd.grad(loss, (inputs.k, inputs.v), retain_graph=True, allow_unused=True)
         read = sum(g[0].abs().sum((0, 2)) for g in grads if g is not None)
         assert isinstance(read, torch.Tensor)
-        assert ((read > 0).numpy() == (codes[row] != UNSEEN)).all()
+        # A Fourier transform leaves rounding errors where nothing is read.
+        assert ((read > 1e-12 * read.max()).numpy() == (codes[row] != UNSEEN)).all()
 
 
 def test_causal_pictures_hide_the_future() -> None:
