@@ -212,7 +212,7 @@ def test_options_of_the_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
-@pytest.mark.parametrize("name", ["window", "fma", "partition"])
+@pytest.mark.parametrize("name", ["window", "fma"])
 def test_the_layer_compiles_into_one_graph_and_checkpoints(name: str) -> None:
     layer = _layer(True, CAUSAL[name])
     torch._dynamo.reset()
@@ -223,6 +223,16 @@ def test_the_layer_compiles_into_one_graph_and_checkpoints(name: str) -> None:
     want = torch.autograd.grad(layer(x).square().sum(), x)
     again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(again.square().sum(), x), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+def test_tiles_and_cells_compile_into_one_graph_for_one_grid() -> None:
+    torch.manual_seed(0)
+    layer = Attention(16, 2, dims=2, near=Partition(3, shift=1, bias=True), far=Pooled(2, reach=1, bias=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
+    x = torch.randn(1, 42, 16)
+    torch.testing.assert_close(compiled(x, grid=(6, 7)), layer(x, grid=(6, 7)))
 
 
 class _Twice(OutputModule):
