@@ -9,9 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from farfield.attention import Attention
-from farfield.far import Landmarks, Linear, Projection, Pyramid
+from farfield.far import (
+    Channels,
+    Landmarks,
+    Linear,
+    Multigrid,
+    Pooled,
+    Projection,
+    Pyramid,
+    Relay,
+    Spectrum,
+)
 from farfield.merge import AttentionState, Gate, resolve_merge
-from farfield.near import Blocks, Conv, Dense, Window
+from farfield.near import Anchors, Blocks, Conv, Dense, DynamicConv, GlobalQueries, Partition, Window
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part
 
 CAUSAL: dict[str, dict[str, Any]] = {
@@ -24,7 +34,12 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "fma": {"near": Blocks(8), "far": Pyramid(rank=2)},
     "fma, cells": {"near": Blocks(8), "far": Pyramid(rank=2, summary="mean", rope="cells")},
     "fma, gate": {"near": Blocks(8), "far": Pyramid(rank=2), "merge": "gate"},
+    "partition": {"near": Partition(8, shift=3, bias=True)},
     "linear": {"far": Linear()},
+    "linear, centred": {"far": Linear("identity", normalise="subtract")},
+    "window and pooled": {"near": Window(12), "far": Pooled(4, summary="learned")},
+    "window and pooled in reach": {"near": Window(12), "far": Pooled(4, reach=2, rank=2, bias=True, count_bias=True)},
+    "anchors": {"near": Anchors(5), "far": Pooled(8, count_bias=True)},
     "window and linear": {"near": Window(9), "far": Linear("relu"), "merge": Gate(per="channel")},
     "window and projection": {"near": Window(9, kv_norm=True), "far": Projection(2, chunk=8)},
     "conv and linear": {"near": Conv(2), "far": Linear("softmax"), "merge": "sum"},
@@ -32,6 +47,16 @@ CAUSAL: dict[str, dict[str, Any]] = {
 OPEN: dict[str, dict[str, Any]] = {
     "agents": {"near": Conv(3), "far": Landmarks(3), "merge": "sum"},
     "agents, joint": {"near": Window(5), "far": Landmarks(3)},
+    "spread": {"near": Partition(3, spread=True, bias=True)},
+    "widest": {"near": Window(3, dilation=None)},
+    "global queries": {"near": GlobalQueries(4)},
+    "dynamic conv": {"near": DynamicConv(3), "far": Linear("identity", normalise="subtract"), "merge": "sum"},
+    "pooled": {"far": Pooled(4, rank=2)},
+    "multigrid": {"near": Window(4, stride=4), "far": Multigrid(4, sampling="learned"), "merge": "sum"},
+    "multigrid of means": {"near": Window(4, stride=4), "far": Multigrid(4, 3), "merge": "sum"},
+    "spectrum": {"far": Spectrum(7)},
+    "relay": {"near": Partition(8), "far": Relay(8, 2)},
+    "channels": {"near": Window(3), "far": Channels(), "merge": "gate"},
     "projection": {"near": Dense(), "far": Projection(4)},
     "fma, pooled queries": {"near": Blocks(8), "far": Pyramid(rank=2, query_rank=2)},
 }
@@ -159,6 +184,12 @@ def test_images_and_volumes() -> None:
             {"near": Conv(3), "far": Landmarks(2), "merge": "sum"},
             {"near": Window(2), "far": Linear(), "merge": "gate"},
             {"near": Window(2), "far": Projection(3)},
+            {"near": Partition(3, shift=1, bias=True), "far": Relay(3, 2)},
+            {"near": GlobalQueries(2), "far": Pooled(2, reach=1, bias=True)},
+            {"near": DynamicConv(3), "far": Spectrum(4), "merge": "sum"},
+            {"near": Anchors(2), "far": Pooled((1, *(2,) * (dims - 1)), summary="learned", rank=2)},
+            {"near": Window(2, dilation=None), "far": Multigrid(2), "merge": "gate"},
+            {"near": Partition(2, spread=True), "far": Channels(), "merge": "sum"},
         ):
             layer = Attention(16, 2, dims=dims, **options)  # type: ignore[arg-type]
             assert layer(x, grid=grid).shape == x.shape
@@ -192,6 +223,16 @@ def test_the_layer_compiles_into_one_graph_and_checkpoints(name: str) -> None:
     want = torch.autograd.grad(layer(x).square().sum(), x)
     again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(again.square().sum(), x), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+def test_tiles_and_cells_compile_into_one_graph_for_one_grid() -> None:
+    torch.manual_seed(0)
+    layer = Attention(16, 2, dims=2, near=Partition(3, shift=1, bias=True), far=Pooled(2, reach=1, bias=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
+    x = torch.randn(1, 42, 16)
+    torch.testing.assert_close(compiled(x, grid=(6, 7)), layer(x, grid=(6, 7)))
 
 
 class _Twice(OutputModule):

@@ -22,6 +22,7 @@ def build_app() -> typer.Typer:
     from farfield.commands.generate import generate_command
     from farfield.commands.recipes import recipes_command
     from farfield.commands.show import show_command
+    from farfield.commands.simulate import simulate_command
     from farfield.commands.train import train_command
 
     app = typer.Typer(
@@ -52,6 +53,7 @@ def build_app() -> typer.Typer:
         ("show", show_command),
         ("recipes", recipes_command),
         ("bench", bench_command),
+        ("simulate", simulate_command),
         ("doctor", doctor_command),
     ):
         app.command(name)(plainly(command))

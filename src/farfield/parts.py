@@ -193,7 +193,7 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
 def head_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """A LayerNorm over the channels of all heads of `[B, H, N, D]`."""
     flat: Tensor = norm(x.transpose(1, 2).flatten(2))
-    return flat.view(*flat.shape[:2], x.shape[1], x.shape[3]).transpose(1, 2).to(x.dtype)
+    return flat.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2).to(x.dtype)
 
 
 def segment_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:

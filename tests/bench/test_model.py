@@ -13,6 +13,7 @@ from farfield import far, near, recipes
 from farfield.bench import model
 from farfield.bench.case import Case
 from farfield.bench.model import Rates, Work, floor, work_of
+from farfield.explain.pattern import EXACT, pattern_of_parts
 from farfield.geometry import default_levels
 from farfield.ops.multipole import effective_weights
 from farfield.ops.window import window_attention
@@ -137,6 +138,35 @@ def test_dense_linear_landmarks_projection() -> None:
     assert work_of(near.Conv(3), None, case) == Work(sums=30)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("grid", [(29,), (7, 10), (3, 5, 4)])
+def test_parts_of_images_are_counted_as_they_are_drawn(grid: tuple[int, ...], causal: bool) -> None:
+    if causal and len(grid) > 1:
+        return
+    case = Case(grid, causal=causal)
+    exact = [near.Partition(4), near.Partition(4, shift=2), near.Anchors(2)]
+    exact += [] if causal else [near.Partition(3, spread=True), near.GlobalQueries(4), near.Window(2, dilation=None)]
+    for part in exact:
+        work = work_of(part, None, case)
+        seen = pattern_of_parts("near", part, None, grid, causal)
+        assert work is not None and work.exact == (seen.codes == EXACT).sum(), part
+    for part in (far.Pooled(3), far.Pooled(2, reach=1), far.Pooled(2, reach=2, rank=1)):
+        work = work_of(None, part, case)
+        seen = pattern_of_parts("far", None, part, grid, causal)
+        assert work is not None and work.far == round(seen.summaries_per_query * seen.tokens), part
+
+
+def test_multigrid_spectrum_relay_and_channels() -> None:
+    case = Case((32,), head_dim=8)
+    # Levels of 16, 8 and 4 cells, each cell in a window of 4.
+    assert work_of(None, far.Multigrid(4), case) == Work(far=4 * (16 + 8 + 4), sums=4 * 56, stored=4 * 28)
+    assert work_of(None, far.Channels(), case) == work_of(None, far.Linear(), case)
+    assert work_of(None, far.Relay(8, 2), case) == Work(far=2 * 32 * 2 + 8**2, sums=64, stored=32)
+    work = work_of(None, far.Spectrum(8), case)
+    assert work is not None and work.sums == 2.5 * 32 * 5 + 64
+    assert work_of(near.DynamicConv(3), None, case) == Work(sums=32 * 4)
+
+
 def test_the_summaries_of_two_levels() -> None:
     # 64 tokens in blocks of 4: levels of 16, 8 and 4 groups, two cells each.
     work = model.pyramid(Case((64,)), far.Pyramid(2), 4)
@@ -176,5 +206,6 @@ def test_an_unknown_part_is_not_guessed() -> None:
 def test_every_recipe_is_counted(name: str) -> None:
     for layer in (0, 1):
         built = recipes.build(name, 32, 4, layer=layer)
-        work = work_of(built.near_spec, built.far_spec, Case((300,), heads=4, head_dim=8))
-        assert work is not None and work.flops(Case((300,)), "forward") > 0
+        case = Case({1: (300,), 2: (15, 20), 3: (3, 10, 10)}[built.spec.dims], heads=4, head_dim=8)
+        work = work_of(built.near_spec, built.far_spec, case)
+        assert work is not None and work.flops(case, "forward") > 0

@@ -35,7 +35,15 @@ def test_a_core_is_the_layer_between_its_projections() -> None:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_runs_at_its_core(name: str) -> None:
-    for case in (Case((40,), causal=True, heads=2, head_dim=8), Case((6, 7), heads=2, head_dim=8)):
+    for case in (
+        Case((40,), causal=True, heads=2, head_dim=8),
+        Case((6, 7), heads=2, head_dim=8),
+        Case((2, 3, 7), heads=2, head_dim=8),
+    ):
+        if case.dims not in recipes.get(name).dims:
+            with pytest.raises(ValueError, match=f"works in .*; dims={case.dims} was asked for"):
+                recipe(name, {}, name).make(case)
+            continue
         if case.causal and not recipes.get(name).causal:
             with pytest.raises(ValueError, match="cannot be causal"):
                 recipe(name, {}, name).make(case)
@@ -48,11 +56,11 @@ def test_every_recipe_runs_at_its_core(name: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize("name", ["fma", "blocks", "window"])
+@pytest.mark.parametrize("name", ["fma", "blocks", "window", "fma2d", "na", "dina", "gna"])
 def test_named_engines_agree_with_the_layer(name: str, impl: str) -> None:
-    case = Case((150,), causal=True, heads=2, head_dim=8)
+    case = Case((12, 13) if name == "fma2d" else (150,), causal=name != "fma2d", heads=2, head_dim=8)
     inputs = Inputs.of(case)
-    options = {"block": 8}
+    options: dict[str, int] = {"layer": 1} if name in ("na", "dina", "gna") else {"block": 2 if name == "fma2d" else 8}
     one = recipe(name, options, name).make(case)
     other = recipe(name, {**options, "impl": impl}, name).make(case)
     assert other.engine == impl

@@ -128,8 +128,38 @@ def test_summaries_are_counted() -> None:
 def test_every_recipe_has_a_picture(name: str) -> None:
     recipe = ff.recipes.get(name)
     for layer in (0, 1):
-        codes = visibility(name, 40, causal=recipe.causal, layer=layer)
+        shape = {1: 40, 2: (5, 8), 3: (2, 4, 5)}[recipe.dims[0]]
+        codes = visibility(name, shape, causal=recipe.causal, layer=layer)
         assert (codes != UNSEEN).any(1).all()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", names())
+def test_pictures_are_what_outputs_depend_on(name: str, layer: int) -> None:
+    """A query's output depends on the keys or values of the tokens that its row shows, and on no others."""
+    recipe = ff.recipes.get(name)
+    grid = {1: (29,), 2: (9, 11), 3: (3, 5, 6)}[recipe.dims[-1] if recipe.dims != (1, 2, 3) else 2]
+    small = {"size": 3, "block": 2, "rank": 1, "cell": 2, "reach": 1, "every": 2, "count": 2, "window": 3, "ring": 1}
+    small["stride"] = 2
+    known = recipe.options(len(grid))
+    options = {option: value for option, value in small.items() if option in known}
+    built = ff.recipes.build(name, 8, 2, dims=len(grid), layer=layer, **options).double()
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # no start of zeros hides a path
+    codes = visibility(name, grid, causal=False, layer=layer, **options)
+    tokens = len(codes)
+    inputs = built._inputs(torch.randn(1, tokens, 8, dtype=torch.float64), grid, None, None)
+    # Of one sign, so that no feature map cuts a pair off.
+    inputs.q = inputs.q.detach().abs()
+    inputs.k, inputs.v = (t.detach().abs().requires_grad_() for t in (inputs.k, inputs.v))
+    out = built.attend(inputs)
+    for row in (0, tokens // 2, tokens - 1):
+        loss = out[0, :, row].square().sum()
+        grads = torch.autograd.grad(loss, (inputs.k, inputs.v), retain_graph=True, allow_unused=True)
+        read = sum(g[0].abs().sum((0, 2)) for g in grads if g is not None)
+        assert isinstance(read, torch.Tensor)
+        # A Fourier transform leaves rounding errors where nothing is read.
+        assert ((read > 1e-12 * read.max()).numpy() == (codes[row] != UNSEEN)).all()
 
 
 def test_causal_pictures_hide_the_future() -> None:

@@ -19,21 +19,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from farfield.bench.case import Case
+from farfield.far.channels import Channels
 from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
+from farfield.far.multigrid import Multigrid
+from farfield.far.pooled import Pooled
 from farfield.far.projection import Projection
 from farfield.far.pyramid import Pyramid
+from farfield.far.relay import Relay
+from farfield.far.spectrum import Spectrum
 from farfield.geometry import EMPTY, Geometry, Ints, default_levels, geometry, per_axis
+from farfield.near.anchors import Anchors
 from farfield.near.blocks import Blocks
 from farfield.near.conv import Conv
 from farfield.near.dense import Dense
+from farfield.near.dynamic_conv import DynamicConv
+from farfield.near.global_queries import GlobalQueries
+from farfield.near.partition import Partition
 from farfield.near.window import Window
+from farfield.ops.tiling import cells_in_reach
 from farfield.parts import Part
 
 __all__ = ["MODES", "Floor", "Rates", "Work", "floor", "work_of"]
@@ -182,6 +193,61 @@ def _window_axis(length: int, size: int, stride: int, dilation: int, causal: boo
     return total
 
 
+def partition(case: Case, part: Partition) -> Work:
+    """Tiles that share no token: the square of each, causal its triangle."""
+    tiles = part.tiling(case.grid, torch.device("cpu"))
+    sizes = np.bincount(tiles.place.numpy() // tiles.places).astype(np.int64)
+    return Work(exact=int((sizes * (sizes + 1) // 2).sum() if case.causal else (sizes**2).sum()))
+
+
+def anchors(case: Case, every: int) -> Work:
+    """All tokens of every every-th frame."""
+    frames, rest = case.grid[0], case.tokens // case.grid[0]
+    if case.causal:
+        return Work(exact=int((np.arange(case.tokens) // every + 1).sum()))
+    return Work(exact=case.tokens * -(-frames // every) * rest)
+
+
+def pooled(case: Case, far: Pooled) -> Work:
+    """Cells made from keys and values, and the queries that see them, or those in reach."""
+    tiles = far.tiling(case.grid, torch.device("cpu"))
+    sizes = np.bincount(tiles.place.numpy() // tiles.places).astype(np.int64)
+    reach = far.reaches(case.dims)
+    if reach is None:
+        seen = int((sizes * np.arange(len(sizes))).sum()) if case.causal else case.tokens * tiles.tiles
+    else:
+        table = cells_in_reach(far.counts(case.grid), reach, case.causal, torch.device("cpu")).numpy()
+        seen = int((sizes * (table != EMPTY).sum(1)).sum())
+    compress = 0 if far.rank is None else far.rank * (case.tokens + tiles.tiles)
+    return Work(far=seen, sums=2 * case.tokens + compress, stored=2 * tiles.tiles)
+
+
+def multigrid(case: Case, far: Multigrid) -> Work:
+    """Windows on every coarse grid, and what it takes to make it and to spread its output."""
+    pairs = made = stored = 0
+    fine = case.tokens
+    for grid in far.grids(case.grid):
+        coarse = replace(case, grid=grid)
+        pairs += window(coarse, far.size, far.size).exact
+        made += 4 * fine
+        fine = coarse.tokens
+        stored += 4 * fine
+    return Work(far=pairs, sums=made, stored=stored)
+
+
+def spectrum(case: Case) -> Work:
+    """Two real transforms of 2.5 n log n operations per channel each, and the product on half of the frequencies."""
+    n = case.tokens
+    return Work(sums=round(2.5 * n * math.log2(max(n, 2))) + 2 * n)
+
+
+def relay(case: Case, far: Relay) -> Work:
+    """Relays read their tile and each other, tokens read the relays of their tile."""
+    tiles = math.prod(-(-n // s) for n, s in zip(case.grid, per_axis(far.size, case.dims, "size"), strict=True))
+    relays = tiles * far.count
+    return Work(far=2 * case.tokens * far.count + relays**2, sums=2 * case.tokens, stored=4 * relays)
+
+
 def pyramid(case: Case, far: Pyramid, block: int | tuple[int, ...]) -> Work:
     """The interaction lists of every level, and what it takes to make the summaries."""
     most = default_levels(case.grid, per_axis(block, case.dims, "block"))
@@ -262,10 +328,25 @@ def _pyramid(part: Any, case: Case, near: Part | None) -> Work:
 _COUNTS: dict[type, Callable[[Any, Case, Part | None], Work]] = {
     Dense: lambda part, case, near: dense(case),
     Blocks: _fused_blocks,
-    Window: lambda part, case, near: window(case, part.size, part.stride, part.dilation),
+    Window: lambda part, case, near: window(case, *part.rule(case.grid)),
+    Partition: lambda part, case, near: partition(case, part),
+    GlobalQueries: lambda part, case, near: (
+        # The network over the queries: a kernel of 3 per axis and a map of D x D per token.
+        partition(case, Partition(part.size)) + Work(sums=case.tokens * 3**case.dims, products=case.tokens)
+    ),
+    Anchors: lambda part, case, near: anchors(case, part.every),
+    DynamicConv: lambda part, case, near: Work(
+        sums=case.tokens * (1 + math.prod(per_axis(part.kernel, case.dims, "kernel")))
+    ),
     Conv: lambda part, case, near: Work(sums=case.tokens * math.prod(per_axis(part.kernel, case.dims, "kernel"))),
     Pyramid: _pyramid,
     Projection: lambda part, case, near: projection(case, part),
     Landmarks: lambda part, case, near: landmarks(case, part),
     Linear: lambda part, case, near: linear(case),
+    Pooled: lambda part, case, near: pooled(case, part),
+    Multigrid: lambda part, case, near: multigrid(case, part),
+    Spectrum: lambda part, case, near: spectrum(case),
+    Relay: lambda part, case, near: relay(case, part),
+    # A D x D matrix of products over tokens, and its product with every value.
+    Channels: lambda part, case, near: linear(case),
 }

@@ -160,7 +160,9 @@ def _engines(name: str) -> tuple[str, ...]:
     """The engines that an entry of this recipe may name."""
     from farfield.ops.window.api import ENGINES as WINDOWS
 
-    return {"fma": ENGINES, "blocks": ENGINES, "window": WINDOWS}.get(name, ())
+    if name in ("fma", "fma2d", "blocks"):
+        return ENGINES
+    return WINDOWS if name in ("window", "na", "dina", "gna") else ()
 
 
 def _request(layer: Attention, case: Case) -> Request:
@@ -223,8 +225,9 @@ def _multipole(layer: Attention, case: Case, engine: str) -> Callable[..., Tenso
 def _window(layer: Attention, case: Case, engine: str) -> Callable[..., Tensor]:
     near = layer.near_spec
     assert isinstance(near, Window)
+    size, stride, dilation = near.rule(case.grid)
     settings: dict[str, Any] = {
-        "window": near.size, "stride": near.stride, "dilation": near.dilation, "grid": case.grid, "causal": case.causal,
+        "window": size, "stride": stride, "dilation": dilation, "grid": case.grid, "causal": case.causal,
         "scale": layer.scale, "impl": engine,
     }  # fmt: skip
     return lambda q, k, v: _tensor(window_attention(q, k, v, **settings))

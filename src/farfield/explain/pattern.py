@@ -13,17 +13,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from farfield import recipes
+from farfield.far.channels import Channels
 from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
+from farfield.far.multigrid import Multigrid
+from farfield.far.pooled import Pooled
 from farfield.far.projection import Projection
 from farfield.far.pyramid import Pyramid
+from farfield.far.relay import Relay
+from farfield.far.spectrum import Spectrum
 from farfield.geometry import EMPTY, Ints, default_levels, geometry, per_axis
+from farfield.near.anchors import Anchors
 from farfield.near.blocks import Blocks
 from farfield.near.conv import Conv
 from farfield.near.dense import Dense
+from farfield.near.dynamic_conv import DynamicConv
+from farfield.near.global_queries import GlobalQueries
+from farfield.near.partition import Partition
 from farfield.near.window import Window
+from farfield.ops.tiling import cells_in_reach
 from farfield.parts import Part
 
 Codes = npt.NDArray[np.int16]
@@ -148,7 +159,16 @@ def pattern_of_parts(name: str, near: Part | None, far: Part | None, grid: tuple
             )
         elif isinstance(far, Projection):
             landmarks = _projection(codes, far, causal)
-        elif isinstance(far, Linear):
+        elif isinstance(far, Pooled):
+            cells = _pooled(codes, far, grid, causal)
+        elif isinstance(far, Multigrid):
+            cells = _multigrid(codes, far, grid)
+        elif isinstance(far, Relay):
+            codes[:] = GLOBAL
+            landmarks = float(far.count)
+        elif isinstance(far, Spectrum):
+            codes[_lags(grid, per_axis(far.size, len(grid), "size"))] = GLOBAL
+        elif isinstance(far, Linear | Channels):
             _everything(codes, causal, GLOBAL)
         else:
             raise ValueError(f"no picture is known for the far field {far!r} of {name!r}")
@@ -182,7 +202,15 @@ def _near(codes: Codes, part: Part, grid: tuple[int, ...], causal: bool, name: s
         codes[seen & np.tri(len(codes), dtype=bool) if causal else seen] = EXACT
     elif isinstance(part, Window):
         codes[_window(grid, part, causal)] = EXACT
-    elif isinstance(part, Conv):
+    elif isinstance(part, Partition | GlobalQueries):
+        tile = _tile(grid, part if isinstance(part, Partition) else Partition(part.size))
+        seen = tile[:, None] == tile
+        codes[seen & np.tri(len(codes), dtype=bool) if causal else seen] = EXACT
+    elif isinstance(part, Anchors):
+        frame = _coordinates(grid)[0]
+        seen = np.broadcast_to(frame % part.every == 0, codes.shape)
+        codes[seen & np.tri(len(codes), dtype=bool) if causal else seen] = EXACT
+    elif isinstance(part, Conv | DynamicConv):
         codes[_kernel(grid, per_axis(part.kernel, len(grid), "kernel"), causal)] = EXACT
     else:
         raise ValueError(f"no picture is known for the near field {part!r} of {name!r}")
@@ -239,6 +267,43 @@ def _projection(codes: Codes, far: Projection, causal: bool) -> float:
     return float(far.rank * (chunk.mean() if causal else chunk[-1] + 1))
 
 
+def _pooled(codes: Codes, far: Pooled, grid: tuple[int, ...], causal: bool) -> Ints:
+    """Writes the cells as one level; returns the cells [1, N]."""
+    tiles = far.tiling(grid, torch.device("cpu"))
+    cell = np.asarray(tiles.place.numpy() // tiles.places, dtype=np.int64)
+    reach = far.reaches(len(grid))
+    if reach is None:
+        codes[cell[None, :] < cell[:, None] if causal else slice(None)] = 1
+    else:
+        seen = _listed(cells_in_reach(far.counts(grid), reach, causal, torch.device("cpu")).numpy(), tiles.tiles)
+        codes[seen[np.ix_(cell, cell)]] = 1
+    return cell[None]
+
+
+def _multigrid(codes: Codes, far: Multigrid, grid: tuple[int, ...]) -> Ints:
+    """Writes the levels, the finest that sees a token last; returns the cells [levels, N]."""
+    sizes, rates = (per_axis(v, len(grid), name) for v, name in ((far.size, "size"), (far.rate, "rate")))
+    place, grids = _coordinates(grid), far.grids(grid)
+    cells = np.zeros((len(grids), prod(grid)), dtype=np.int64)
+    for level in range(len(grids), 0, -1):
+        coarse = grids[level - 1]
+        cell = _flat(place // (np.array(rates)[:, None] ** level), coarse)
+        seen = _window(coarse, Window(sizes, stride=sizes), False)
+        codes[seen[np.ix_(cell, cell)]] = level
+        cells[level - 1] = cell
+    return cells
+
+
+def _lags(grid: tuple[int, ...], sizes: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """[N, N] what a circular convolution with a kernel of these sizes reads."""
+    place = _coordinates(grid)
+    seen = np.ones((prod(grid), prod(grid)), dtype=bool)
+    for axis, (size, length) in enumerate(zip(sizes, grid, strict=True)):
+        behind = (place[axis][:, None] - place[axis][None, :] + size // 2) % length
+        seen &= behind < size
+    return seen
+
+
 def _kernel(grid: tuple[int, ...], sizes: tuple[int, ...], causal: bool) -> npt.NDArray[np.bool_]:
     """[N, N] what a convolution reads: nothing is moved at the borders."""
     place = _coordinates(grid)
@@ -249,13 +314,16 @@ def _kernel(grid: tuple[int, ...], sizes: tuple[int, ...], causal: bool) -> npt.
     return seen
 
 
+def _tile(grid: tuple[int, ...], part: Partition) -> Ints:
+    """[N] the tile of every token."""
+    tiles = part.tiling(grid, torch.device("cpu"))
+    return np.asarray(tiles.place.numpy() // tiles.places, dtype=np.int64)
+
+
 def _window(grid: tuple[int, ...], part: Window, causal: bool) -> npt.NDArray[np.bool_]:
     """[N, N] the window of generalised neighbourhood attention (NATTEN), the product over axes."""
     dims = len(grid)
-    sizes, strides, dilations = (
-        per_axis(value, dims, name)
-        for name, value in (("size", part.size), ("stride", part.stride), ("dilation", part.dilation))
-    )
+    sizes, strides, dilations = part.rule(grid)
     place = _coordinates(grid)
     seen = np.ones((prod(grid), prod(grid)), dtype=bool)
     for axis in range(dims):

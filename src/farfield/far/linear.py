@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
 
-__all__ = ["FEATURES", "Linear", "linear_attention"]
+__all__ = ["FEATURES", "Linear", "centred_attention", "linear_attention"]
 
 
 def _elu(x: Tensor) -> Tensor:
@@ -23,8 +23,16 @@ def _softmax(x: Tensor) -> Tensor:
     return x.softmax(-1)
 
 
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"elu": _elu, "relu": F.relu, "softmax": _softmax}
 """Feature maps phi, none of them negative: elu(x) + 1, max(x, 0), softmax over the channels of a token."""
+
+_MAPS = {**FEATURES, "identity": _identity}
+
+NORMALISERS = ("divide", "subtract")
 
 CHUNK = 64
 """Tokens of a causal chunk: within it scores are written out, before it the state of sums stands for all."""
@@ -34,30 +42,47 @@ CHUNK = 64
 class Linear(FarPart):
     """Normalised linear attention: phi(q_i) S / (phi(q_i) z) with S = sum_j phi(k_j) v_j and z = sum_j phi(k_j).
 
+    With `normalise="subtract"` the weights of n tokens are a_ij = 1 / n + (s_ij - mean_m s_im) / n instead, where
+    s_ij = scale phi(q_i) phi(k_j): rows sum to 1 without a division, weights may be negative, and different queries
+    give different rows wherever keys span the channels. n is the number of tokens that are seen. (Released code for
+    pooled keys divides by the number of queries there; rows then no longer sum to 1.)
+
     The sums run over all tokens, causal over the past and the token itself. O(N) time and memory, also causal (by
     chunks). Queries and keys are used as they are before any rotary embedding, which would make features negative.
     Works in any dimension: positions do not enter. Causal-safe. A row without any mass gives 0.
 
     Args:
-        feature: the map phi, "elu" (elu + 1, arXiv 2006.16236), "relu" or "softmax" (over channels).
+        feature: the map phi, "elu" (elu + 1, arXiv 2006.16236), "relu", "softmax" (over channels) or "identity", which
+            may be negative and needs `normalise="subtract"`.
         floor: the denominator is at least this. L2ViT uses 100, which leaves rows with less mass smaller than a mean.
             0 for plain normalisation.
         temperature: multiply each head by a learned factor that starts at head_dim ** -0.5 (L2ViT's tau).
+        normalise: "divide" or "subtract".
 
-    Source: Katharopoulos et al., arXiv 2006.16236; floor and temperature from L2ViT, arXiv 2501.16182.
+    Source: Katharopoulos et al., arXiv 2006.16236; floor and temperature from L2ViT, arXiv 2501.16182; subtraction from
+    InLine attention, NeurIPS 2024, arXiv 2412.06590.
     """
 
     feature: str = "elu"
     floor: float = 0.0
     temperature: bool = False
+    normalise: str = "divide"
 
     why_no_state = "its weights are not a softmax over tokens, so there is no log-sum-exp to weigh it by"
 
     def __post_init__(self) -> None:
-        if self.feature not in FEATURES:
-            raise ValueError(f"Linear(feature={self.feature!r}): known feature maps are {', '.join(FEATURES)}")
+        if self.feature not in _MAPS:
+            raise ValueError(f"Linear(feature={self.feature!r}): known feature maps are {', '.join(_MAPS)}")
         if not self.floor >= 0:
             raise ValueError(f"Linear(floor={self.floor!r}): the least denominator cannot be negative")
+        if self.normalise not in NORMALISERS:
+            raise ValueError(f"Linear(normalise={self.normalise!r}): known ways are {', '.join(NORMALISERS)}")
+        if self.normalise == "subtract" and self.floor:
+            raise ValueError(
+                f"Linear(floor={self.floor!r}, normalise='subtract'): there is no denominator; use floor=0"
+            )
+        if self.normalise == "divide" and self.feature == "identity":
+            raise ValueError("Linear(feature='identity'): its sums may vanish; use normalise='subtract'")
 
     @property
     def gives_state(self) -> bool:
@@ -85,14 +110,17 @@ class _Linear(nn.Module):
         """The output `[B, Hq, N, D]`."""
         if inputs.cu_seqlens is not None:
             return by_segment(inputs, self.forward)
-        feature = FEATURES[self.part.feature]
+        feature = _MAPS[self.part.feature]
         wide = torch.promote_types(inputs.q.dtype, torch.float32)
         # Sums over all tokens need the range of float32.
         with torch.autocast(inputs.q.device.type, enabled=False):
             q, k, v = feature(inputs.q.to(wide)), feature(inputs.k.to(wide)), inputs.v.to(wide)
             if inputs.key_mask is not None:
                 k = k.masked_fill(~inputs.key_mask[:, None, :, None], 0.0)
-            out = linear_attention(q, k, v, causal=inputs.causal, floor=self.part.floor)
+            if self.part.normalise == "subtract":
+                out = centred_attention(q, k, v, inputs.key_mask, causal=inputs.causal, scale=inputs.scale)
+            else:
+                out = linear_attention(q, k, v, causal=inputs.causal, floor=self.part.floor)
             if self.tau is not None:
                 out = out * self.tau[:, None, None]
         return out.to(inputs.v.dtype)
@@ -122,6 +150,41 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool 
     if floor > 0:
         return top / mass.clamp(min=floor)
     return top / torch.where(mass > 0, mass, torch.ones_like(mass))
+
+
+def centred_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, *, causal: bool = False, scale: float
+) -> Tensor:
+    """Linear attention whose rows sum to 1 because their mean is subtracted, not divided by.
+
+    Args:
+        query: `[B, Hq, N, D]`, features phi(q) of any sign.
+        key: `[B, Hkv, N, D]`, features phi(k) of any sign; 0 for a hidden token.
+        value: `[B, Hkv, N, Dv]`; 0 for a hidden token.
+        key_mask: bool `[B, N]`, tokens that are seen, or None for all.
+        causal: sum over tokens j <= i only.
+        scale: factor on phi(q) phi(k).
+
+    Returns:
+        `[B, Hq, N, Dv]`, 0 where nothing is seen. Complexity as :func:`linear_attention`.
+    """
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    q = query.unflatten(1, (kv_heads, query.shape[1] // kv_heads))
+    if key_mask is None:
+        seen = value.new_ones(1, tokens)
+    else:
+        seen = key_mask.to(value.dtype)
+    if causal:
+        count = seen.cumsum(1).clamp(min=1)[:, None, :, None]
+        mean = (value.cumsum(2) / count).unsqueeze(2)
+        joint = _causal(q, key, torch.cat((value, torch.ones_like(value[..., :1])), -1)) / count.unsqueeze(2)
+        top, mass = joint[..., :-1], joint[..., -1:]
+    else:
+        count = seen.sum(1).clamp(min=1)[:, None, None, None]
+        mean = (value.sum(2, keepdim=True) / count).unsqueeze(2)
+        top = q @ (key.mT @ value / count).unsqueeze(2)
+        mass = q @ (key.sum(2, keepdim=True) / count).mT.unsqueeze(2)
+    return (mean + scale * (top - mass * mean)).flatten(1, 2)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from farfield.near.dense import dense_output
 from farfield.ops.state import AttentionState
 from farfield.ops.window import window_attention
 from farfield.ops.window.api import check_rule
-from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, head_norm
+from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, by_segment, head_norm
 
 __all__ = ["Window"]
 
@@ -25,7 +25,9 @@ class Window(NearPart):
     Args:
         size: keys per axis; one integer or one per axis.
         stride: this many neighbouring queries share a window; `stride=size` is blocked attention.
-        dilation: a window holds every dilation-th token.
+        dilation: a window holds every dilation-th token; one integer or one per axis. None for the widest that fits,
+            floor(length / size) on every axis of the grid at hand (DiNAT's sparse layers). It depends on the length, so
+            that a sequence and its prefix differ: not causal-safe.
         kv_norm: keys and values pass a LayerNorm over the channels of all heads first, the same one for both (the near
             half of Transformer-LS's DualLN, arXiv 2107.02192).
 
@@ -34,10 +36,16 @@ class Window(NearPart):
 
     size: int | tuple[int, ...]
     stride: int | tuple[int, ...] = 1
-    dilation: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] | None = 1
     kv_norm: bool = False
 
     takes_dropout = True
+    why_not_causal = "dilation=None takes it from the length of the whole sequence"
+
+    @property
+    def causal_safe(self) -> bool:
+        """With a dilation that is given."""
+        return self.dilation is not None
 
     @property
     def cost(self) -> str:
@@ -46,7 +54,15 @@ class Window(NearPart):
 
     def check(self, spec: LayerSpec, near: Part | None = None) -> None:
         """Raises ValueError when size, stride and dilation do not fit each other or the dimensions."""
-        check_rule(self.size, self.stride, self.dilation, spec.dims)
+        check_rule(self.size, self.stride, 1 if self.dilation is None else self.dilation, spec.dims)
+
+    def rule(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Window, stride and dilation per axis of a grid."""
+        given = 1 if self.dilation is None else self.dilation
+        sizes, strides, dilations = check_rule(self.size, self.stride, given, len(grid))
+        if self.dilation is None:
+            dilations = tuple(max(1, n // size) for n, size in zip(grid, sizes, strict=True))
+        return sizes, strides, dilations
 
     def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
         """See :class:`farfield.parts.Part`."""
@@ -56,7 +72,7 @@ class Window(NearPart):
 class _Window(OutputModule):
     def __init__(self, part: Window, spec: LayerSpec) -> None:
         super().__init__()
-        self.size, self.stride, self.dilation = check_rule(part.size, part.stride, part.dilation, spec.dims)
+        self.part = part
         self.norm = nn.LayerNorm(spec.num_kv_heads * spec.head_dim) if part.kv_norm else None
 
     def forward(self, inputs: Inputs) -> AttentionState:
@@ -66,20 +82,24 @@ class _Window(OutputModule):
     def output(self, inputs: Inputs) -> Tensor:
         """The output alone; a window over everything is dense attention, for which torch has faster kernels."""
         inputs = self._normed(inputs)
-        whole = max(self.dilation) == 1 and all(n <= size for n, size in zip(inputs.grid, self.size, strict=True))
+        sizes, _, dilations = self.part.rule(inputs.grid)
+        whole = max(dilations) == 1 and all(n <= size for n, size in zip(inputs.grid, sizes, strict=True))
         if whole and inputs.cu_seqlens is None:
             return dense_output(inputs)
         return self._attend(inputs).out
 
     def _attend(self, inputs: Inputs) -> AttentionState:
+        if self.part.dilation is None and inputs.cu_seqlens is not None:
+            return by_segment(inputs, self._attend)  # each has a dilation of its own
+        sizes, strides, dilations = self.part.rule(inputs.grid)
         return window_attention(
             inputs.rotated_q,
             inputs.rotated_k,
             inputs.v,
-            window=self.size,
+            window=sizes,
             grid=inputs.grid,
-            stride=self.stride,
-            dilation=self.dilation,
+            stride=strides,
+            dilation=dilations,
             causal=inputs.causal,
             key_mask=inputs.key_mask,
             cu_seqlens=inputs.cu_seqlens,

@@ -5,13 +5,59 @@ from __future__ import annotations
 from typing import Any
 
 from farfield.attention import Attention
-from farfield.recipes import agent, blocks, dense, fma, l2vit, transformer_ls, window
+from farfield.recipes import (
+    agent,
+    blocks,
+    davit,
+    dense,
+    dina,
+    flashvggt,
+    fma,
+    fma2d,
+    focal,
+    gcvit,
+    gfnet,
+    gna,
+    inline,
+    l2vit,
+    mano,
+    maxvit,
+    na,
+    relay,
+    s2a,
+    scale_dit,
+    swin,
+    transformer_ls,
+    window,
+)
 from farfield.recipes.registry import Parts, Recipe, Registry, Setting
 
 __all__ = ["Parts", "Recipe", "Setting", "build", "get", "names", "options"]
 
 _REGISTRY = Registry(
-    *(module.RECIPE for module in (dense, window, fma, blocks, transformer_ls, agent, l2vit)),
+    dense.RECIPE,
+    window.RECIPE,
+    fma.RECIPE,
+    fma2d.RECIPE,
+    blocks.RECIPE,
+    transformer_ls.RECIPE,
+    agent.RECIPE,
+    l2vit.RECIPE,
+    na.RECIPE,
+    dina.RECIPE,
+    gna.RECIPE,
+    swin.RECIPE,
+    maxvit.RECIPE,
+    gcvit.RECIPE,
+    davit.RECIPE,
+    mano.RECIPE,
+    focal.RECIPE,
+    s2a.RECIPE,
+    inline.RECIPE,
+    gfnet.RECIPE,
+    scale_dit.RECIPE,
+    relay.RECIPE,
+    flashvggt.RECIPE,
 )
 
 
@@ -29,8 +75,8 @@ def get(name: str) -> Recipe:
     return _REGISTRY.get(name)
 
 
-def options(name: str, dims: int = 1) -> dict[str, Any]:
-    """The options of a recipe with their defaults in `dims` dimensions.
+def options(name: str, dims: int | None = None) -> dict[str, Any]:
+    """The options of a recipe with their defaults in `dims` dimensions (by default the first in which it works).
 
     Raises:
         ValueError: for an unknown name.

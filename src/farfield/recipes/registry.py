@@ -92,8 +92,12 @@ class Recipe:
     parts: Callable[..., Parts]
     status: str = "tested"
 
-    def options(self, dims: int = 1) -> dict[str, Any]:
-        """The options that `build` accepts beside the layer's arguments, with their defaults in `dims` dimensions."""
+    def options(self, dims: int | None = None) -> dict[str, Any]:
+        """The options that `build` accepts beside the layer's arguments, with their defaults in `dims` dimensions.
+
+        Without `dims`, in the first dimension in which the recipe works.
+        """
+        dims = self.dims[0] if dims is None else dims
         defaults = {p.name: p.default for p in list(inspect.signature(self.parts).parameters.values())[1:]}
         return {name: value.of(dims) if isinstance(value, ByDims) else value for name, value in defaults.items()}
 
@@ -104,13 +108,14 @@ class Recipe:
         *,
         causal: bool = False,
         layer: int = 0,
-        dims: int = 1,
+        dims: int | None = None,
         **arguments: Any,
     ) -> Attention:
         """The layer of this recipe.
 
         Args:
-            dim, num_heads, causal, dims: as in :class:`farfield.attention.Attention`.
+            dim, num_heads, causal: as in :class:`farfield.attention.Attention`.
+            dims: 1, 2 or 3. Default: the first in which the recipe works, 1 for most.
             layer: index of the layer in its model; recipes that alternate choose by it.
             **arguments: options of the recipe, see `options()`, and the other arguments of the layer: `rope`,
                 `num_kv_heads`, `head_dim`, `dropout`, `device`, `dtype`, ...
@@ -119,6 +124,7 @@ class Recipe:
             TypeError: for an option that neither the recipe nor the layer has.
             ValueError: when the recipe cannot be causal or does not work in that many dimensions, or the layer refuses.
         """
+        dims = self.dims[0] if dims is None else dims
         if dims not in self.dims:
             works = ", ".join(f"{d}-D" for d in self.dims)
             raise ValueError(f"recipe {self.name!r} works in {works}; dims={dims!r} was asked for")

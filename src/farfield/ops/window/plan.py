@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "check_bounds", "check_fit", "window_plan"]
+__all__ = ["Plan", "check_bounds", "check_fit", "strands_of", "visible_places", "window_plan"]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -102,7 +102,7 @@ def check_fit(
             )
 
 
-def _strands(length: int, dilation: int, bounds: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
+def strands_of(length: int, dilation: int, bounds: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
     """(first token, step, tokens) of every set of tokens that can see each other."""
     pieces = [(0, length)] if bounds is None else list(zip(bounds, bounds[1:], strict=False))
     strands = []
@@ -112,7 +112,7 @@ def _strands(length: int, dilation: int, bounds: tuple[int, ...] | None) -> list
     return strands
 
 
-def _visible(place: Ints, places: int, window: int, stride: int, causal: bool) -> tuple[Ints, Ints]:
+def visible_places(place: Ints, places: int, window: int, stride: int, causal: bool) -> tuple[Ints, Ints]:
     """First and last place that the query at each place sees, in a strand of `places`.
 
     The first may be negative when causal: what lies there is hidden apart, so that masks repeat. Query places beyond
@@ -189,7 +189,7 @@ def _axis(
     for _, _, places in strands:
         reach = min(window, places) if dilation == 1 else window
         query = np.arange(-(-places // tile) * tile).reshape(-1, tile)
-        low, high = _visible(query, places, reach, min(stride, reach), causal)
+        low, high = visible_places(query, places, reach, min(stride, reach), causal)
         real = query < places
         start = np.where(real, low, places).min(1)
         # A causal run ends with its tile, so that the masks of all tiles are alike.
@@ -286,7 +286,7 @@ def window_plan(
         bounds: bounds of packed segments (1-D), or None.
         device: of the tensors.
     """
-    strands = [_strands(n, d, bounds) for n, d in zip(grid, dilation, strict=True)]
+    strands = [strands_of(n, d, bounds) for n, d in zip(grid, dilation, strict=True)]
     longest = tuple(max(places for _, _, places in axis) for axis in strands)
     tile, row = _sizes(longest, window, stride, causal)
     widths = (1,) * (len(grid) - 1) + (row,)

@@ -1,0 +1,43 @@
+"""fma2d: Fast Multipole Attention on images, as the fourth version of its paper applies it."""
+
+from __future__ import annotations
+
+from farfield.far.pyramid import Pyramid
+from farfield.near.blocks import Blocks
+from farfield.recipes.registry import BLOCK, RANK, Parts, Recipe, Setting
+
+__all__ = ["RECIPE"]
+
+
+def _parts(
+    setting: Setting,
+    block: int | tuple[int, ...] = BLOCK,
+    rank: int | tuple[int, ...] = RANK,
+    summary: str = Pyramid.summary,
+    levels: int | None = None,
+    count_bias: bool = True,
+    query_rank: int | tuple[int, ...] | None = None,
+    bias: float | None = Pyramid.bias,
+    grid: tuple[int, ...] | None = None,
+) -> Parts:
+    # Without the options of sequences (sinks, rotation). How the paper weighs summaries in 2-D is not published; here
+    # it is as in 1-D.
+    far = Pyramid(
+        rank, summary=summary, levels=levels, count_bias=count_bias, query_rank=query_rank, bias=bias, grid=grid
+    )
+    return Parts(near=Blocks(block), far=far, merge="softmax")
+
+
+RECIPE = Recipe(
+    name="fma2d",
+    title="fast multipole attention on images: 3 x 3 blocks exactly, at most 27 groups of every coarser level",
+    citation="Kang, Tran, De Sterck, Fast Multipole Attention, version 4, arXiv 2310.11960",
+    near="own and adjacent blocks of block x block pixels",
+    far="pyramid, rank x rank summaries per group",
+    merge="softmax",
+    cost="n·(9·block² + 27·rank²·log(side/block))",
+    dims=(2,),
+    causal=False,
+    proof="tests/recipes/test_fma2d.py::test_equals_the_quadtree_walked_by_hand",
+    parts=_parts,
+)
