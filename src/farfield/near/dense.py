@@ -8,11 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from farfield.ops.cache import Cache, attend_few, exactly, grown
 from farfield.ops.state import AttentionState, attend_dense
+from farfield.ops.tiles import compute_dtype
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, repeat_heads
 from farfield.rope import segment_positions
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Dense", "dense_output"]
+
+SCORES = 1 << 24
+"""Scores per head held at once when several tokens follow a cache."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Dense(NearPart):
         return _Dense()
 
 
-class _Dense(OutputModule):
+class _Dense(OutputModule, StreamModule):
     def forward(self, inputs: Inputs) -> AttentionState:
         """Attention with its log-sum-exp."""
 
@@ -59,6 +65,54 @@ class _Dense(OutputModule):
     def output(self, inputs: Inputs) -> Tensor:
         """The output alone, when nobody needs the log-sum-exp."""
         return dense_output(inputs)
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """All keys and values: it grows with the context."""
+        return {"keys": spec.zeros(0), "values": spec.zeros(0)}
+
+    def reserve(self, cache: Cache, length: int, rewind: int) -> None:
+        """Twice the room when it is used up, so that copying costs O(1) per token."""
+        have = cache["keys"].shape[2]
+        if length > have:
+            for name in cache:
+                cache[name] = grown(cache[name], max(length, 2 * have))
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`. O(T n)."""
+        q, stop = inputs.rotated_q, length + inputs.q.shape[2]
+        cache["keys"][:, :, length:stop] = inputs.rotated_k
+        cache["values"][:, :, length:stop] = inputs.v
+        if length == 0 and stop > 1:
+            return self(inputs) if need_lse else self.output(inputs)
+        span = max(1, SCORES // stop)
+        parts = [
+            _attend_cache(q[:, :, i : i + span], cache, min(length + i + span, stop), inputs.scale, need_lse)
+            for i in range(0, q.shape[2], span)
+        ]
+        outs = torch.cat([out for out, _ in parts], 2)
+        return AttentionState(outs, torch.cat([lse for _, lse in parts if lse is not None], 2)) if need_lse else outs
+
+
+def _attend_cache(
+    query: Tensor, cache: Cache, stop: int, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The last queries of a sequence of ``stop`` tokens over its cache."""
+    keys, values = cache["keys"][:, :, :stop], cache["values"][:, :, :stop]
+    tokens = query.shape[2]
+    # One query sees everything.
+    seen = None if tokens == 1 else torch.ones(tokens, stop, dtype=torch.bool, device=query.device).tril(stop - tokens)
+    if need_lse:
+        dtype = compute_dtype(keys.dtype)
+        bias = None if seen is None else torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        with exactly(query.device):
+            out, lse = attend_few(query, keys, values, scale=scale, bias=bias, dtype=dtype)
+        return out, lse
+    groups = query.shape[1] // keys.shape[1]
+    # Query heads of one key head stand side by side as more queries, so that keys are not repeated.
+    grouped = query.to(keys.dtype).reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
+    mask = None if seen is None else seen.repeat(groups, 1)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(query.shape).to(query.dtype), None
 
 
 def dense_output(inputs: Inputs) -> Tensor:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from farfield.near.dense import dense_output
+from farfield.ops.cache import Cache
 from farfield.ops.state import AttentionState
 from farfield.ops.window import window_attention
 from farfield.ops.window.api import check_rule
+from farfield.ops.window.stream import WindowStream
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, head_norm
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Window"]
 
@@ -53,7 +56,7 @@ class Window(NearPart):
         return _Window(self, spec)
 
 
-class _Window(OutputModule):
+class _Window(OutputModule, StreamModule):
     def __init__(self, part: Window, spec: LayerSpec) -> None:
         super().__init__()
         self.size, self.stride, self.dilation = check_rule(part.size, part.stride, part.dilation, spec.dims)
@@ -87,6 +90,26 @@ class _Window(OutputModule):
             dropout=inputs.dropout,
             return_lse=True,
         )
+
+    def _stream(self, rewind: int) -> WindowStream:
+        return WindowStream(self.size[0], self.stride[0], self.dilation[0], rewind)
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """As many tokens as the window reaches back, and those that can be taken back."""
+        return self._stream(spec.rewind).empty(
+            spec.batch_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device
+        )
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`."""
+        stream = self._stream(rewind)
+        if length == 0 and inputs.q.shape[2] > 1:
+            out = self(inputs) if need_lse else self.output(inputs)
+            inputs = self._normed(inputs)
+            stream.fill(cache, inputs.rotated_k, inputs.v)
+            return out
+        inputs = self._normed(inputs)
+        return stream.step(cache, inputs.rotated_q, inputs.rotated_k, inputs.v, length, scale=inputs.scale)
 
     def _normed(self, inputs: Inputs) -> Inputs:
         if self.norm is None:
