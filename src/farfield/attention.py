@@ -84,6 +84,7 @@ class Attention(nn.Module):
             self.far = None if far is None else far.build_fused(spec, near) if self.fused else far.build(spec, near)
             both = self.near is not None and self.far is not None
             self.merge = chosen.build(spec) if both else None
+        self._description = f"{self.extra_repr()}, head_dim={spec.head_dim}, rope={self.rope}"
         if dtype is not None:
             self.to(dtype)
 
@@ -198,11 +199,6 @@ class Attention(nn.Module):
 
     def _decoder(self) -> Decoder:
         return Decoder(self.near, self.far, self.merge, self._description)
-
-    @property
-    def _description(self) -> str:
-        """What a state has to fit."""
-        return f"{self.extra_repr()}, head_dim={self.spec.head_dim}, rope={self.rope}"
 
     def _check_tokens(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[2] != self.spec.dim:

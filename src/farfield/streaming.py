@@ -75,9 +75,7 @@ class StreamModule(nn.Module):
     def resume(self, cache: Cache, length: int, rewind: int) -> None:
         """Brings what the cache derives from the length in order, after rows were cut to ``length`` tokens."""
 
-    def step(
-        self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool
-    ) -> AttentionState | Tensor:
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
         """Takes tokens in and attends from each. Called without gradients.
 
         Args:

@@ -158,9 +158,7 @@ class _Projection(StreamModule):
             keys, values = cache["landmark_keys"][:, :, seen], cache["landmark_values"][:, :, seen]
             with exactly(keys.device):
                 query = inputs.q[:, :, done:stop]
-                states.append(
-                    attend_few(query, keys, values, scale=inputs.scale, dtype=compute_dtype(keys.dtype))
-                )
+                states.append(attend_few(query, keys, values, scale=inputs.scale, dtype=compute_dtype(keys.dtype)))
             if place + stop - done == self.chunk:
                 self._complete(cache, chunk)
             done = stop

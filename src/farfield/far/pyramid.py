@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from farfield.merge import AttentionState
 from farfield.near.blocks import Blocks
 from farfield.ops.cache import Cache
 from farfield.ops.multipole import multipole_attention
-from farfield.ops.multipole.stream import MultipoleStream, Turn
+from farfield.ops.multipole.stream import MultipoleStream, Turn, Weights
 from farfield.ops.multipole.summarise import cell_centres, summarise
 from farfield.ops.multipole.summary import (
     LearnedSummary,
@@ -292,9 +291,7 @@ class _Pyramid(StreamModule):
 
     def _stream(self, rewind: int, raw: bool) -> MultipoleStream:
         options, (block,), (rank,) = self.options, self.shape.block, self.shape.rank
-        return MultipoleStream(
-            block, rank, options.levels, options.count_bias, options.sinks, self.part, rewind, raw
-        )
+        return MultipoleStream(block, rank, options.levels, options.count_bias, options.sinks, self.part, rewind, raw)
 
     def why_no_stream(self, spec: StreamSpec) -> str | None:
         """See :class:`farfield.streaming.StreamModule`."""
@@ -322,21 +319,28 @@ class _Pyramid(StreamModule):
 
     def resume(self, cache: Cache, length: int, rewind: int) -> None:
         """Hides what was taken back."""
-        self._stream(rewind, "raw" in cache).open_block(cache, length, self.biases())
+        self._stream(rewind, "raw" in cache).open_block(cache, length, self._weights())
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
         """See :class:`farfield.streaming.StreamModule`. O(T (block + rank levels))."""
         stream = self._stream(rewind, "raw" in cache)
-        weights: dict[str, Any] = {"summary": self.summary(), "level_bias": self.biases()}
-        if stream.raw:
-            weights |= {"raw": inputs.k, "turn": self._turn(inputs)}
+        weights = self._weights(self._turn(inputs) if stream.raw else None)
+        raw = inputs.k if stream.raw else None
         if length == 0 and inputs.q.shape[2] > 1:
             state: AttentionState = self(inputs)
-            stream.fill(cache, inputs.rotated_k, inputs.v, **weights)
+            stream.fill(cache, inputs.rotated_k, inputs.v, weights=weights, raw=raw)
             return state
         return stream.step(
-            cache, inputs.rotated_q, inputs.rotated_k, inputs.v, length, scale=inputs.scale, **weights
+            cache, inputs.rotated_q, inputs.rotated_k, inputs.v, length, scale=inputs.scale, weights=weights, raw=raw
         )
+
+    def _weights(self, turn: Turn | None = None) -> Weights:
+        def kept() -> str | SharedSummary | PooledSummary:
+            summary = self.summary()
+            assert isinstance(summary, str | SharedSummary | PooledSummary)
+            return summary
+
+        return Weights(kept, self.biases, turn)
 
     def _turn(self, inputs: Inputs) -> Turn:
         """Rotates cells by the positions of their centres."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from farfield.geometry import per_axis
 from farfield.ops.cache import Cache
 from farfield.ops.multipole import multipole_attention
-from farfield.ops.multipole.stream import MultipoleStream
+from farfield.ops.multipole.stream import MultipoleStream, Weights
 from farfield.ops.state import AttentionState
 from farfield.parts import Inputs, LayerSpec, NearPart, Part
 from farfield.streaming import StreamModule, StreamSpec
@@ -82,13 +82,11 @@ class _Blocks(StreamModule):
     def empty_cache(self, spec: StreamSpec) -> Cache:
         """The last two blocks, and one more where tokens can be taken back."""
         stream = self._stream(spec.rewind)
-        return stream.empty(
-            spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device
-        )
+        return stream.empty(spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
 
     def resume(self, cache: Cache, length: int, rewind: int) -> None:
         """Hides what was taken back."""
-        self._stream(rewind).open_block(cache, length, None)
+        self._stream(rewind).open_block(cache, length, Weights())
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
         """See :class:`farfield.streaming.StreamModule`."""

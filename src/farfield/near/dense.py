@@ -93,9 +93,7 @@ class _Dense(OutputModule, StreamModule):
         return AttentionState(outs, torch.cat([lse for _, lse in parts if lse is not None], 2)) if need_lse else outs
 
 
-def _attend_cache(
-    query: Tensor, cache: Cache, stop: int, scale: float, need_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _attend_cache(query: Tensor, cache: Cache, stop: int, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The last queries of a sequence of ``stop`` tokens over its cache."""
     keys, values = cache["keys"][:, :, :stop], cache["values"][:, :, :stop]
     tokens = query.shape[2]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,13 +26,31 @@ from farfield.ops.multipole.summary import PooledSummary, SharedSummary
 from farfield.ops.state import AttentionState
 from farfield.ops.tiles import compute_dtype
 
-__all__ = ["MultipoleStream", "Turn"]
+__all__ = ["MultipoleStream", "Turn", "Weights"]
 
 GROUPS = 4
 """Groups kept per level."""
 
+Kept = str | SharedSummary | PooledSummary
+"""A summary that makes larger cells from smaller ones."""
+
 Turn = Callable[[Tensor, int, int], Tensor]
 """(cells [B, H, C, D], level, number of the first cell) -> the same rotated by the positions of their centres."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a call computes with, made when it is needed: for most tokens, not at all.
+
+    Attributes:
+        summary: "mean", a SharedSummary or a PooledSummary.
+        level_bias: [levels or more, Hq] or None.
+        turn: rotates summaries, where keys are summarised before their rotation.
+    """
+
+    summary: Callable[[], Kept] = field(default=lambda: "mean")
+    level_bias: Callable[[], Tensor | None] = field(default=lambda: None)
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +155,7 @@ class MultipoleStream:
         for name in cache:
             cache[name] = grown(cache[name], need, -torch.inf if name == "bias" else 0.0)
 
-    def open_block(self, cache: Cache, length: int, level_bias: Tensor | None) -> None:
+    def open_block(self, cache: Cache, length: int, weights: Weights) -> None:
         """Hides and shows what the query at position ``length`` sees of what lies before it. O(rank levels)."""
         bias, block = cache["bias"], length // self.block
         bias.fill_(-torch.inf)
@@ -149,6 +167,7 @@ class MultipoleStream:
                     bias[:, :, self._slot(start) : self._slot(start) + stop - start] = 0.0
         if not self.far:
             return
+        level_bias = weights.level_bias()
         for level in range(1, self._held(cache) + 1):
             first = 0 if level == self.levels else max(0, 2 * ((block >> level) - 1))
             last = (block >> (level - 1)) - 2
@@ -183,10 +202,8 @@ class MultipoleStream:
         length: int,
         *,
         scale: float,
-        summary: str | SharedSummary | PooledSummary = "mean",
-        level_bias: Tensor | None = None,
+        weights: Weights | None = None,
         raw: Tensor | None = None,
-        turn: Turn | None = None,
     ) -> AttentionState:
         """Takes tokens in and attends from each, block by block.
 
@@ -196,8 +213,8 @@ class MultipoleStream:
             key, value: [B, Hkv, T, D].
             length: tokens in the cache.
             scale: factor of the scores.
-            summary, level_bias: as in :func:`farfield.multipole_attention`, the same in every call.
-            raw: keys before their rotation; ``turn`` rotates summaries. Both where ``self.raw``.
+            weights: the same in every call; None for means without biases.
+            raw: keys before their rotation, where ``self.raw``.
 
         Returns:
             out [B, Hq, T, D] and lse [B, Hq, T], equal to the rows of the operator on the whole prefix.
@@ -205,6 +222,7 @@ class MultipoleStream:
         Time O(T (block + rank levels)), and O(block + rank levels) more for every block that completes.
         """
         tokens, done, states = query.shape[2], 0, []
+        weights = weights or Weights()
         first = self._offset(1) if self.part == "far" else 0
         with exactly(key.device):
             while done < tokens:
@@ -213,7 +231,7 @@ class MultipoleStream:
                 if at < self.sinks:
                     stop = min(stop, done + self.sinks - at)
                 if at % self.block == 0:
-                    self.open_block(cache, at, level_bias)
+                    self.open_block(cache, at, weights)
                 slot, piece = self._slot(at), slice(done, stop)
                 places = slice(slot, slot + stop - done)
                 cache["keys"][:, :, places] = key[:, :, piece]
@@ -236,18 +254,16 @@ class MultipoleStream:
                 )  # fmt: skip
                 done = stop
                 if self.far and (length + done) % self.block == 0:
-                    self._complete(cache, at // self.block, summary, turn)
+                    self._complete(cache, at // self.block, weights)
         if len(states) == 1:
             return states[0]
         return AttentionState(torch.cat([s.out for s in states], 2), torch.cat([s.lse for s in states], 2))
 
-    def _complete(
-        self, cache: Cache, block: int, summary: str | SharedSummary | PooledSummary, turn: Turn | None
-    ) -> None:
+    def _complete(self, cache: Cache, block: int, weights: Weights) -> None:
         """Summarises a leaf block, and every larger group that ends with it."""
         start = self.sinks + block * self.block % self.ring
         span = slice(start, start + self.block)
-        source = "raw" if "raw" in cache else "keys"
+        source, summary, turn = "raw" if "raw" in cache else "keys", weights.summary(), weights.turn
         cells = self._leaf(summary, cache[source][:, :, span], cache["values"][:, :, span], block)
         level, group = 1, block
         self._store(cache, cells, level, group, turn)
@@ -274,7 +290,7 @@ class MultipoleStream:
         if cells.mass is not None:
             cache["mass"][:, :, span, 0] = cells.mass
 
-    def _leaf(self, summary: str | SharedSummary | PooledSummary, key: Tensor, value: Tensor, block: int) -> _Cells:
+    def _leaf(self, summary: Kept, key: Tensor, value: Tensor, block: int) -> _Cells:
         """Cells of level 1 of whole blocks [B, H, blocks * block, D], the first being number ``block``."""
         side = self.block // self.rank
         counts = None
@@ -293,7 +309,7 @@ class MultipoleStream:
                 mass = mass.masked_fill(counts.view(-1) == 0, -torch.inf)
         return _reduce(_Cells(key, value, mass), side, weights, counts)
 
-    def _up(self, summary: str | SharedSummary | PooledSummary, below: _Cells, level: int, group: int) -> _Cells:
+    def _up(self, summary: Kept, below: _Cells, level: int, group: int) -> _Cells:
         """Cells of whole groups of ``level``, the first being number ``group``, from those of the level below."""
         side = (self.block << (level - 2)) // self.rank
         counts = None
@@ -308,13 +324,13 @@ class MultipoleStream:
         key: Tensor,
         value: Tensor,
         *,
-        summary: str | SharedSummary | PooledSummary = "mean",
-        level_bias: Tensor | None = None,
+        weights: Weights | None = None,
         raw: Tensor | None = None,
-        turn: Turn | None = None,
     ) -> None:
         """Takes a whole prefix [B, Hkv, N, D] into an empty cache, without attending. O(N) time."""
         number, dtype = key.shape[2], cache["keys"].dtype
+        weights = weights or Weights()
+        summary, turn = weights.summary(), weights.turn
         block = number // self.block
         sides = {"keys": key, "values": value}
         if "raw" in cache and raw is not None:
@@ -338,7 +354,7 @@ class MultipoleStream:
                         break
                     level += 1
                     cells = self._up(summary, cells.part(0, 2 * groups * self.rank), level, 0)
-        self.open_block(cache, number, level_bias)
+        self.open_block(cache, number, weights)
 
     def _store_last(self, cache: Cache, cells: _Cells, level: int, groups: int, turn: Turn | None) -> None:
         if level == self.levels:
