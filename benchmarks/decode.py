@@ -3,9 +3,9 @@
     python benchmarks/decode.py --json runs/decode.json --plot docs/images/decode.png
 
 One layer between its projections, B 1, H 8, D 64, float32, causal. The dense cache is preallocated, and one query goes
-through torch's scaled_dot_product_attention over all of it, which is what decoding with a full cache does at best. Every
-state is filled with random keys and values, in chunks; then single tokens are timed in turns, one attention after the
-other. A turn of a stream is a whole leaf block of tokens, so that blocks that complete are paid for.
+through torch's scaled_dot_product_attention over all of it, which is what decoding with a full cache does at best.
+Every state is filled with random keys and values, in chunks; then single tokens are timed in turns, one attention after
+the other. A turn of a stream is a whole leaf block of tokens, so that blocks that complete are paid for.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def main() -> None:
             least, middle, most = (row[key] * 1e6 for key in ("low", "seconds", "high"))
             ratio = f"{dense / row['seconds']:.2f}" if dense else "-"
             print(
-                f"| {row['attention']} | {context:,} | {1 / row['seconds']:,.0f} | {middle:,.0f} ({least:,.0f}, {most:,.0f}) "
-                f"| {row['bytes'] / 2**20:.2f} | {ratio} |",
+                f"| {row['attention']} | {context:,} | {1 / row['seconds']:,.0f} "
+                f"| {middle:,.0f} ({least:,.0f}, {most:,.0f}) | {row['bytes'] / 2**20:.2f} | {ratio} |",
                 flush=True,
             )
         rows += found

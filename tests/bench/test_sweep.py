@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farfield.bench import peers
-from farfield.bench.case import Case
+from farfield.bench.case import Case, Inputs
 from farfield.bench.model import Work
 from farfield.bench.subjects import Built, Refused, Subject, recipe
 from farfield.bench.sweep import EXACT_LENGTH, Row, Settings, Watcher, plan, sweep

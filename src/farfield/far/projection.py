@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from farfield.ops.cache import Cache, attend_few, exactly, grown, write_ring
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows, write_ring
 from farfield.ops.state import AttentionState, attend_dense
 from farfield.ops.tiles import compute_dtype
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment, head_norm
@@ -148,7 +148,8 @@ class _Projection(StreamModule):
         if length == 0 and tokens > 1:
             self._fill(inputs, cache)
             return self(inputs)
-        logits, done, states = self._logits(inputs).mT, 0, []
+        logits, done = self._logits(inputs).mT, 0
+        states: list[AttentionState | Tensor] = []
         while done < tokens:
             chunk, place = divmod(length + done, self.chunk)
             stop = min(tokens, done + self.chunk - place)
@@ -162,7 +163,7 @@ class _Projection(StreamModule):
             if place + stop - done == self.chunk:
                 self._complete(cache, chunk)
             done = stop
-        return AttentionState(torch.cat([s.out for s in states], 2), torch.cat([s.lse for s in states], 2))
+        return join_rows(states)
 
     def _fill(self, inputs: Inputs, cache: Cache) -> None:
         """A whole prefix into an empty cache."""

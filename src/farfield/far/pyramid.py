@@ -330,9 +330,8 @@ class _Pyramid(StreamModule):
             state: AttentionState = self(inputs)
             stream.fill(cache, inputs.rotated_k, inputs.v, weights=weights, raw=raw)
             return state
-        return stream.step(
-            cache, inputs.rotated_q, inputs.rotated_k, inputs.v, length, scale=inputs.scale, weights=weights, raw=raw
-        )
+        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
+        return stream.step(cache, *tokens, length, scale=inputs.scale, weights=weights, raw=raw, need_lse=need_lse)
 
     def _weights(self, turn: Turn | None = None) -> Weights:
         def kept() -> str | SharedSummary | PooledSummary:

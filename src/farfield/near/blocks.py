@@ -96,4 +96,5 @@ class _Blocks(StreamModule):
             stream.fill(cache, inputs.rotated_k, inputs.v)
             assert isinstance(state, AttentionState)
             return state
-        return stream.step(cache, inputs.rotated_q, inputs.rotated_k, inputs.v, length, scale=inputs.scale)
+        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
+        return stream.step(cache, *tokens, length, scale=inputs.scale, need_lse=need_lse)

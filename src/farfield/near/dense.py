@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farfield.ops.cache import Cache, attend_few, exactly, grown
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows
 from farfield.ops.state import AttentionState, attend_dense
 from farfield.ops.tiles import compute_dtype
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, repeat_heads
@@ -89,28 +89,20 @@ class _Dense(OutputModule, StreamModule):
             _attend_cache(q[:, :, i : i + span], cache, min(length + i + span, stop), inputs.scale, need_lse)
             for i in range(0, q.shape[2], span)
         ]
-        outs = torch.cat([out for out, _ in parts], 2)
-        return AttentionState(outs, torch.cat([lse for _, lse in parts if lse is not None], 2)) if need_lse else outs
+        return join_rows(parts)
 
 
-def _attend_cache(query: Tensor, cache: Cache, stop: int, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _attend_cache(query: Tensor, cache: Cache, stop: int, scale: float, need_lse: bool) -> AttentionState | Tensor:
     """The last queries of a sequence of ``stop`` tokens over its cache."""
     keys, values = cache["keys"][:, :, :stop], cache["values"][:, :, :stop]
-    tokens = query.shape[2]
-    # One query sees everything.
-    seen = None if tokens == 1 else torch.ones(tokens, stop, dtype=torch.bool, device=query.device).tril(stop - tokens)
-    if need_lse:
-        dtype = compute_dtype(keys.dtype)
-        bias = None if seen is None else torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
-        with exactly(query.device):
-            out, lse = attend_few(query, keys, values, scale=scale, bias=bias, dtype=dtype)
-        return out, lse
-    groups = query.shape[1] // keys.shape[1]
-    # Query heads of one key head stand side by side as more queries, so that keys are not repeated.
-    grouped = query.to(keys.dtype).reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
-    mask = None if seen is None else seen.repeat(groups, 1)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    return out.reshape(query.shape).to(query.dtype), None
+    tokens, dtype, bias = query.shape[2], compute_dtype(keys.dtype), None
+    if not need_lse:
+        dtype = keys.dtype  # torch's kernels take care of their range, and a long cache is not copied
+    if tokens > 1:  # one query sees everything
+        seen = torch.ones(tokens, stop, dtype=torch.bool, device=query.device).tril(stop - tokens)
+        bias = torch.zeros(tokens, stop, dtype=dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+    with exactly(query.device):
+        return attend_few(query, keys, values, scale=scale, bias=bias, dtype=dtype, need_lse=need_lse)
 
 
 def dense_output(inputs: Inputs) -> Tensor:

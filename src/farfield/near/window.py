@@ -109,7 +109,8 @@ class _Window(OutputModule, StreamModule):
             stream.fill(cache, inputs.rotated_k, inputs.v)
             return out
         inputs = self._normed(inputs)
-        return stream.step(cache, inputs.rotated_q, inputs.rotated_k, inputs.v, length, scale=inputs.scale)
+        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
+        return stream.step(cache, *tokens, length, scale=inputs.scale, need_lse=need_lse)
 
     def _normed(self, inputs: Inputs) -> Inputs:
         if self.norm is None:

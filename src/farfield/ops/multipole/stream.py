@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from farfield.ops.cache import Cache, attend_few, exactly, grown
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows
 from farfield.ops.multipole.summary import PooledSummary, SharedSummary
 from farfield.ops.state import AttentionState
 from farfield.ops.tiles import compute_dtype
@@ -204,7 +204,8 @@ class MultipoleStream:
         scale: float,
         weights: Weights | None = None,
         raw: Tensor | None = None,
-    ) -> AttentionState:
+        need_lse: bool = True,
+    ) -> AttentionState | Tensor:
         """Takes tokens in and attends from each, block by block.
 
         Args:
@@ -215,15 +216,18 @@ class MultipoleStream:
             scale: factor of the scores.
             weights: the same in every call; None for means without biases.
             raw: keys before their rotation, where ``self.raw``.
+            need_lse: whether the log-sum-exp is wanted; the far part alone always gives it.
 
         Returns:
-            out [B, Hq, T, D] and lse [B, Hq, T], equal to the rows of the operator on the whole prefix.
+            out [B, Hq, T, D], and lse [B, Hq, T] where it is wanted: the rows of the operator on the whole prefix.
 
         Time O(T (block + rank levels)), and O(block + rank levels) more for every block that completes.
         """
-        tokens, done, states = query.shape[2], 0, []
+        tokens, done = query.shape[2], 0
+        states: list[AttentionState | Tensor] = []
         weights = weights or Weights()
         first = self._offset(1) if self.part == "far" else 0
+        need_lse = need_lse or self.part == "far"  # a far part may see nothing
         with exactly(key.device):
             while done < tokens:
                 at = length + done
@@ -249,15 +253,13 @@ class MultipoleStream:
                 states.append(
                     attend_few(
                         query[:, :, piece], cache["keys"][:, :, first:], cache["values"][:, :, first:],
-                        scale=scale, bias=shown, dtype=bias.dtype,
+                        scale=scale, bias=shown, dtype=bias.dtype, need_lse=need_lse,
                     )
                 )  # fmt: skip
                 done = stop
                 if self.far and (length + done) % self.block == 0:
                     self._complete(cache, at // self.block, weights)
-        if len(states) == 1:
-            return states[0]
-        return AttentionState(torch.cat([s.out for s in states], 2), torch.cat([s.lse for s in states], 2))
+        return join_rows(states)
 
     def _complete(self, cache: Cache, block: int, weights: Weights) -> None:
         """Summarises a leaf block, and every larger group that ends with it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farfield.ops.cache import Cache, attend_few, exactly, read_ring, write_ring
+from farfield.ops.cache import Cache, attend_few, exactly, join_rows, read_ring, write_ring
 from farfield.ops.state import AttentionState
 from farfield.ops.tiles import compute_dtype
 
@@ -57,8 +57,16 @@ class WindowStream:
         write_ring(cache["values"], value, 0)
 
     def step(
-        self, cache: Cache, query: Tensor, key: Tensor, value: Tensor, length: int, *, scale: float
-    ) -> AttentionState:
+        self,
+        cache: Cache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        length: int,
+        *,
+        scale: float,
+        need_lse: bool = True,
+    ) -> AttentionState | Tensor:
         """Takes tokens in and attends from each.
 
         Args:
@@ -67,9 +75,11 @@ class WindowStream:
             key, value: [B, Hkv, T, D].
             length: tokens before them.
             scale: factor of the scores.
+            need_lse: whether the log-sum-exp is wanted.
 
         Returns:
-            out [B, Hq, T, D] and lse [B, Hq, T], equal to the last T rows of the operator on ``length + T`` tokens.
+            out [B, Hq, T, D], and lse [B, Hq, T] where it is wanted: the last T rows of the operator on
+            ``length + T`` tokens.
             (With a stride, windows of queries whose neighbours are not there yet lie further back; that is why the
             length counts.)
 
@@ -77,20 +87,25 @@ class WindowStream:
         """
         with exactly(key.device):
             if query.shape[2] == 1:
-                return self._one(cache, query, key, value, length, scale)
-            end, states = length + query.shape[2], []
+                return self._one(cache, query, key, value, length, scale, need_lse)
+            end = length + query.shape[2]
+            states: list[AttentionState | Tensor] = []
             for done in range(0, query.shape[2], PIECE):
                 piece = slice(done, min(done + PIECE, query.shape[2]))
-                states.append(
-                    self._several(
-                        cache, query[:, :, piece], key[:, :, piece], value[:, :, piece], length + done, end, scale
-                    )
-                )
-        return AttentionState(torch.cat([s.out for s in states], 2), torch.cat([s.lse for s in states], 2))
+                tokens = query[:, :, piece], key[:, :, piece], value[:, :, piece]
+                states.append(self._several(cache, *tokens, length + done, end, scale, need_lse))
+        return join_rows(states)
 
     def _one(
-        self, cache: Cache, query: Tensor, key: Tensor, value: Tensor, length: int, scale: float
-    ) -> AttentionState:
+        self,
+        cache: Cache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        length: int,
+        scale: float,
+        need_lse: bool,
+    ) -> AttentionState | Tensor:
         """The newest token is the last of its stride, so that its window ends with it."""
         slot = length % self.ring
         cache["keys"][:, :, slot] = key[:, :, 0]
@@ -106,14 +121,24 @@ class WindowStream:
             first = place + 1 - seen
             keys, values = keys[:, :, first : place + 1], values[:, :, first : place + 1]
         elif size > self.window:
-            dtype = compute_dtype(key.dtype)
             age = (place - torch.arange(size, device=key.device)) % size
-            bias = torch.zeros(size, dtype=dtype, device=key.device).masked_fill_(age >= seen, -torch.inf)
-        return attend_few(query, keys, values, scale=scale, bias=bias, dtype=compute_dtype(key.dtype))
+            bias = torch.zeros(1, size, dtype=compute_dtype(key.dtype), device=key.device).masked_fill_(
+                age >= seen, -torch.inf
+            )
+        dtype = compute_dtype(key.dtype)
+        return attend_few(query, keys, values, scale=scale, bias=bias, dtype=dtype, need_lse=need_lse)
 
     def _several(
-        self, cache: Cache, query: Tensor, key: Tensor, value: Tensor, length: int, end: int, scale: float
-    ) -> AttentionState:
+        self,
+        cache: Cache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        length: int,
+        end: int,
+        scale: float,
+        need_lse: bool,
+    ) -> AttentionState | Tensor:
         """Attends to the tokens before and among each other, in a sequence of ``end`` tokens; then writes."""
         tokens, start = query.shape[2], max(0, length - (self.window - 1) * self.dilation)
         keys = torch.cat((read_ring(cache["keys"], start, length), key.to(cache["keys"].dtype)), 2)
@@ -129,4 +154,4 @@ class WindowStream:
         write_ring(cache["values"], value, length)
         dtype = compute_dtype(key.dtype)
         bias = torch.zeros(seen.shape, dtype=dtype, device=key.device).masked_fill_(~seen, -torch.inf)
-        return attend_few(query, keys, values, scale=scale, bias=bias, dtype=dtype)
+        return attend_few(query, keys, values, scale=scale, bias=bias, dtype=dtype, need_lse=need_lse)
