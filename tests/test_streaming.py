@@ -115,7 +115,7 @@ def test_after_a_prompt_of_any_length(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@hypothesis_settings(max_examples=3)
+@hypothesis_settings(max_examples=2)
 @given(data=st.data())
 def test_chunks_of_any_size(name: str, data: st.DataObject) -> None:
     """The rows of a step are the last rows of the prefill of all tokens so far."""
@@ -219,11 +219,7 @@ def test_up_to_a_block_can_be_taken_back(name: str) -> None:
     module, f64 = build(name), torch.float64
     spec = module.near_spec
     limit = spec.block if isinstance(spec, near.Blocks) else 9
-    for i, (length, back) in enumerate(
-        [(9, limit), (9, 9), (16, 1), (17, limit), (33, 1), (33, limit), (64, limit), (65, 2), (71, limit)]
-    ):
-        if back > limit:
-            continue
+    for i, (length, back) in enumerate([(9, limit), (17, limit), (33, 1), (32, limit), (65, 2), (71, limit)]):
         x = torch.randn(1, length, 16, dtype=f64)
         state = module.stream(1, rewind=limit)
         streamed(module, x, state, [[1], [length], [length // 2, 1]][i % 3])
