@@ -95,6 +95,7 @@ def measure(context: int, names: list[str], turns: int, limit: float) -> list[di
         begin = time.perf_counter()
         subjects[name] = Dense(context, turns) if name == "dense" else Stream(name, context)
         say(f"  {name}: state of {context:,} tokens in {time.perf_counter() - begin:.1f} s")
+    held = {name: subject.nbytes for name, subject in subjects.items()}
     tokens = [draw(1) for _ in range(TURN)]
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(turns + 1):
@@ -113,9 +114,9 @@ def measure(context: int, names: list[str], turns: int, limit: float) -> list[di
             "seconds": statistics.median(times[name]),
             "low": min(times[name]),
             "high": max(times[name]),
-            "bytes": subject.nbytes,
+            "bytes": held[name],
         }
-        for name, subject in subjects.items()
+        for name in names
     ]
 
 
