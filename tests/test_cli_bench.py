@@ -52,7 +52,7 @@ def test_bench_measures_reports_and_resumes(tmp_path: Path, invoke: Callable[...
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for words in ("32 tokens, float32, causal, decode", "8x8 tokens, float32, forward + backward", "× sdpa",
-                  "cannot be causal", "no streaming state yet", str(out / "bench.html")):  # fmt: skip
+                  "cannot be causal", "an engine for whole sequences", str(out / "bench.html")):  # fmt: skip
         assert words in done.stdout, done.stdout
     values = json.loads((out / "results.json").read_text())
     assert values["status"] == "finished"
@@ -114,9 +114,9 @@ def test_missing_peers_are_left_out_with_a_line(
 
 
 def test_nothing_measured_is_a_failure(tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    result = invoke("bench", "fma", "--peers", "none", "--lengths", "32", "--mode", "decode", *TINY, "--out", tmp_path)
+    result = invoke("bench", "fma", "--peers", "none", "--lengths", "4x8", "--mode", "decode", *TINY, "--out", tmp_path)
     assert result.exit_code == 1
-    assert "no streaming state yet" in result.output
+    assert "tokens are decoded one by one in 1-D only" in result.output
 
 
 def test_ctrl_c_reports_the_finished_cases(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from farfield.merge import AttentionState, Merge, resolve_merge
 from farfield.parts import FarPart, Inputs, LayerSpec, NearPart, OutputModule, Part
 from farfield.rope import Rope, segment_positions
+from farfield.streaming import Decoder, StreamSpec, StreamState, row_positions
 
 __all__ = ["Attention", "ReadyAttention"]
 
@@ -155,6 +156,7 @@ class Attention(_Mixing):
             self.q_norm = nn.RMSNorm(spec.head_dim) if qk_norm else None
             self.k_norm = nn.RMSNorm(spec.head_dim) if qk_norm else None
             self._assemble(spec, near, far, chosen)
+        self._description = f"{self.extra_repr()}, head_dim={spec.head_dim}, rope={self.rope}"
         if dtype is not None:
             self.to(dtype)
 
@@ -186,15 +188,86 @@ class Attention(_Mixing):
         mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return mixed
 
+    def stream(
+        self,
+        batch_size: int = 1,
+        *,
+        rewind: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> StreamState:
+        """A state of rows without tokens, for :meth:`step`.
+
+        Args:
+            batch_size: rows.
+            rewind: tokens that ``state.rewind`` may take back; each needs a little room.
+            dtype: of queries, keys and values. Default: of the parameters.
+            device: default: of the parameters.
+
+        Raises:
+            ValueError: when the layer cannot be streamed, with the reason.
+        """
+        if not self.spec.causal:
+            raise ValueError("a stream takes tokens in as they come, and this layer reads later ones; use causal=True")
+        weight = self.qkv.weight
+        spec = StreamSpec(
+            batch_size=batch_size,
+            num_heads=self.spec.num_heads,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            rewind=rewind,
+            rope=self.rope is not None,
+            dtype=weight.dtype if dtype is None else dtype,
+            device=weight.device if device is None else torch.device(device),
+        )
+        return self._decoder().stream(spec)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: StreamState, *, present: Tensor | None = None) -> Tensor:
+        """Takes the next tokens in and attends from each; a prompt is a step with many tokens.
+
+        Equals the last T rows of ``layer(tokens so far and x)``. Whole prompts run through the layer's fast operator.
+
+        Args:
+            x: `[B, T, dim]`, T >= 1.
+            state: of :meth:`stream`; changed in place.
+            present: bool `[B, T]`, True where the row has a token; padding on either side takes no place in the
+                sequence, and its outputs mean nothing. Default: everywhere.
+
+        Returns:
+            `[B, T, dim]`, without gradients and without dropout.
+
+        Raises:
+            ValueError: when x or the state does not fit.
+        """
+        self._check_tokens(x)
+        state.check(self._description, x.shape[0], x.device)
+        positions = None
+        if self.rope is not None:
+            positions = row_positions(state.lengths, x.shape[1], present, x.device)
+        out = self.attend_step(self._project(x, (x.shape[1],), positions, 0.0), state, present=present)
+        mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return mixed
+
+    def attend_step(self, inputs: Inputs, state: StreamState, *, present: Tensor | None = None) -> Tensor:
+        """The step between the projections: `[B, Hq, T, D]`; see :meth:`farfield.streaming.Decoder.step`."""
+        return self._decoder().step(inputs, state, present)
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self.near, self.far, self.merge, self._description)
+
+    def _check_tokens(self, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[2] != self.spec.dim:
+            raise ValueError(f"x must be [B, N, {self.spec.dim}] (batch, tokens, dim), got shape {tuple(x.shape)}")
+        if x.shape[1] == 0:
+            raise ValueError(f"x holds no tokens: shape {tuple(x.shape)}; give at least one")
+
     def _inputs(
         self, x: Tensor, grid: tuple[int, ...] | None, key_mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Inputs:
         spec = self.spec
-        if x.ndim != 3 or x.shape[2] != spec.dim:
-            raise ValueError(f"x must be [B, N, {spec.dim}] (batch, tokens, dim), got shape {tuple(x.shape)}")
+        self._check_tokens(x)
         batch, tokens = x.shape[:2]
-        if tokens == 0:
-            raise ValueError(f"x holds no tokens: shape {tuple(x.shape)}; give at least one")
         grid = _check_grid(grid, tokens, spec.dims)
         if cu_seqlens is not None:
             _check_segments(cu_seqlens, tokens, spec.dims)
@@ -207,6 +280,19 @@ class Attention(_Mixing):
         if key_mask is not None:
             # Also for the gradients of weights, where 0 times NaN would be NaN.
             x = torch.where(key_mask[..., None] | x.isfinite(), x, torch.zeros_like(x))
+        positions = None if self.rope is None else segment_positions(tokens, cu_seqlens, x.device)
+        return self._project(x, grid, positions, self.dropout if self.training else 0.0, key_mask, cu_seqlens)
+
+    def _project(
+        self,
+        x: Tensor,
+        grid: tuple[int, ...],
+        positions: Tensor | None,
+        dropout: float,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Inputs:
+        spec = self.spec
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_dim)).transpose(1, 2)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
@@ -222,9 +308,9 @@ class Attention(_Mixing):
             key_mask=key_mask,
             cu_seqlens=cu_seqlens,
             scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
             rope=self.rope,
-            positions=None if self.rope is None else segment_positions(tokens, cu_seqlens, x.device),
+            positions=positions,
         )
 
 

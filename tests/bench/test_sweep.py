@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from farfield.bench import peers
-from farfield.bench.case import Case
+from farfield.bench.case import Case, Inputs
 from farfield.bench.model import Work
-from farfield.bench.subjects import NO_STREAM, Built, Refused, Subject, recipe
+from farfield.bench.subjects import Built, Refused, Subject, recipe
 from farfield.bench.sweep import EXACT_LENGTH, Row, Settings, Watcher, plan, sweep
 
 pytestmark = pytest.mark.usefixtures("quick_ceilings")
@@ -150,14 +150,39 @@ def test_errors_of_our_own_are_not_swallowed() -> None:
         sweep([fake("ours", fail)], Settings(CASES[:1], repeats=1))
 
 
-def test_decoding_is_refused_where_there_is_no_stream() -> None:
-    subjects = [recipe("fma", {}, "fma"), peers.peer("sdpa", {}, "sdpa")]
+def test_decoding_is_a_step_of_the_stream() -> None:
+    names = ("fma", "window", "l2vit:layer=1", "dense")
+    subjects = [recipe("fma", {"block": 4, "rank": 2}, "fma"), recipe("window", {"size": 4}, "window"),
+                recipe("l2vit", {"layer": 1}, "l2vit:layer=1"), recipe("dense", {}, "dense")]  # fmt: skip
     cases = (CASES[0], Case((4, 8), **SMALL))
-    rows = sweep(subjects, Settings(cases, modes=("decode",), repeats=1)).rows
-    assert [row.reason for row in rows] == [
-        NO_STREAM, None, NO_STREAM, "tokens are decoded one by one in 1-D only"
-    ]  # fmt: skip
-    assert rows[1].flops == 2 * 4 * 8 * 32
+    rows = sweep([*subjects, peers.peer("sdpa", {}, "sdpa")], Settings(cases, modes=("decode",), repeats=1)).rows
+    assert [row.label for row in rows[:5]] == [*names, "sdpa"]
+    assert [row.reason for row in rows[:5]] == [None] * 5 and all(row.seconds for row in rows[:5])
+    assert {row.reason for row in rows[5:]} == {"tokens are decoded one by one in 1-D only"}
+    flops = {row.label: row.flops for row in rows[:5]}
+    assert flops["sdpa"] == flops["dense"] == 2 * 4 * 8 * 32
+    assert flops["window"] == 2 * 4 * 8 * 4
+    # The last of 32 tokens sees 8 of its two blocks of 4; groups 4, 5 of level 1 and 0, 1 of the top level.
+    # It goes into one key and one value summary.
+    assert flops["fma"] == 2 * 4 * 8 * (8 + 2 * 4) + 2 * 2 * 8 * 2
+
+
+def test_a_measured_step_equals_the_last_row() -> None:
+    case = CASES[0]
+    inputs = Inputs.of(case)
+    for name in ("fma", "window", "dense"):
+        subject = recipe(name, {"block": 4, "rank": 2} if name == "fma" else {}, name)
+        assert subject.decode is not None
+        run = subject.decode(case).run
+        whole = subject.make(case).run(inputs.q, inputs.k, inputs.v)
+        with torch.no_grad():
+            step = run(inputs.q[:, :, -1:], inputs.k, inputs.v)
+        torch.testing.assert_close(step, whole[:, :, -1:])
+    reason = "an engine for whole sequences"
+    with pytest.raises(Refused, match=reason):
+        recipe("fma", {"impl": "torch"}, "fma").decode(case)  # type: ignore[misc]
+    with pytest.raises(Refused, match="not causal"):
+        recipe("fma", {}, "fma").decode(dataclasses.replace(case, causal=False))  # type: ignore[misc]
 
 
 def test_stopping_keeps_the_finished_cases() -> None:
@@ -214,4 +239,4 @@ def test_the_plan_runs_nothing() -> None:
     assert found[0].flops == 2 * 4 * 8 * 32 and found[0].floor is not None and found[0].floor > 0
     assert found[1].reason == "it is not installed"
     assert found[2].reason is not None and "cannot be causal" in found[2].reason
-    assert found[5].reason == NO_STREAM
+    assert found[5].reason is not None and "cannot be causal" in found[5].reason

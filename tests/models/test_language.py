@@ -3,12 +3,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from farfield import recipes
 from farfield.models.language import LanguageConfig, LanguageModel
+from farfield.streaming import StackState
 
 
 def small(attention: str = "dense", **changes: object) -> LanguageConfig:
@@ -117,3 +119,50 @@ def test_bidirectional_recipes_are_refused() -> None:
     for name in others:
         with pytest.raises(ValueError, match="needs causal attention"):
             LanguageModel(small(name))
+
+
+@pytest.mark.parametrize("attention", [n for n in recipes.names() if recipes.get(n).causal and n != "l2vit"])
+def test_a_step_equals_the_whole_text(attention: str) -> None:
+    known = recipes.options(attention)
+    options = {name: value for name, value in (("block", 8), ("rank", 2), ("bias", -1.0)) if name in known}
+    model = LanguageModel(LanguageConfig(attention, options, dim=16, depth=2, num_heads=2)).double().eval()
+    tokens = torch.randint(0, 256, (2, 60))
+    with torch.no_grad():
+        want = model(tokens)
+    state = model.stream(2, rewind=2)
+    rows = [model.step(tokens[:, :33], state)] + [model.step(tokens[:, i : i + 1], state) for i in range(33, 50)]
+    torch.testing.assert_close(torch.cat(rows, 1), want[:, :50])
+    model.step(torch.zeros(2, 2, dtype=torch.long), state)
+    state.rewind(2)
+    swapped = state.reorder([1, 0])
+    torch.testing.assert_close(model.step(tokens[[1, 0], 50:], swapped), want[[1, 0], 50:])
+    assert swapped.lengths == [60, 60] and state.lengths == [50, 50] and state.nbytes > 0
+
+
+def test_prompts_of_different_lengths_are_padded_on_either_side() -> None:
+    model = LanguageModel(LanguageConfig("fma", {"block": 4, "rank": 2}, dim=16, depth=2, num_heads=2)).double().eval()
+    tokens = torch.randint(0, 256, (2, 30))
+    present = torch.ones(2, 30, dtype=torch.bool)
+    present[0, :13] = False
+    present[1, 21:] = False
+    state = model.stream(2)
+    logits = model.step(tokens, state, present=present)
+    assert state.lengths == [17, 21]
+    with torch.no_grad():
+        torch.testing.assert_close(logits[0, 13:], model(tokens[:1, 13:])[0])
+        torch.testing.assert_close(logits[1, :21], model(tokens[1:, :21])[0])
+
+
+def test_states_of_a_model_are_saved_and_checked(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = LanguageModel(LanguageConfig("window", {"size": 4}, dim=16, depth=2, num_heads=2)).eval()
+    state = model.stream()
+    model.step(torch.zeros(1, 9, dtype=torch.long), state)
+    state.save(tmp_path / "state.safetensors")
+    loaded = StackState.load(tmp_path / "state.safetensors")
+    token = torch.ones(1, 1, dtype=torch.long)
+    assert torch.equal(model.step(token, loaded), model.step(token, state))
+    with pytest.raises(ValueError, match="the state has 1 layers, the model 2"):
+        model.step(token, StackState(state.layers[:1]))
+    with pytest.raises(ValueError, match=r"tokens must have shape \[B, T\]"):
+        model.step(token[0], state)

@@ -66,3 +66,17 @@ def test_bad_arguments_are_refused_at_once(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, b"", length, **settings)  # type: ignore[arg-type]
+
+
+def test_a_full_state_begins_again_with_the_last_half(model: LanguageModel) -> None:
+    """The context is 64: byte 65 is made from 64 bytes, then the state holds 32 and grows again."""
+    text = list(b"near far field " * 4)[:60]
+    written = list(generate(model, bytes(text), 40, temperature=0))
+    start, text = 0, list(text)
+    for byte in written:
+        if len(text) - start > 64:
+            start = len(text) - 32
+        with torch.no_grad():
+            assert byte == int(model(torch.tensor([text[start:]]))[0, -1].argmax())
+        text.append(byte)
+    assert start > 0

@@ -78,6 +78,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
+    def __sub__(self, other: Work) -> Work:
+        return Work(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
     def flops(self, case: Case, mode: str) -> float:
         """Useful FLOPs of a whole call."""
         pairs, rest = (1.0, 1.0) if mode != "backward" else (1 + _BACKWARD_PAIRS, 1 + _BACKWARD_SUMS)
@@ -90,7 +93,8 @@ class Work:
         wide = max(case.size, 4)
         vector, kept = case.head_dim * case.size, case.head_dim * wide * self.stored
         if mode == "decode":
-            one = (2 + 2 * case.tokens) * vector
+            # The one query reads every key and value that it meets once.
+            one = (2 + 2 * (self.exact + self.far)) * vector
         elif mode == "forward":
             one = 4 * case.tokens * vector + 2 * kept
         else:

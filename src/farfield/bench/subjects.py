@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from farfield import recipes
 from farfield.attention import Attention
+from farfield.bench import model
 from farfield.bench.case import Case
 from farfield.bench.model import Work, work_of
 from farfield.far.pyramid import Pyramid
@@ -28,10 +29,7 @@ from farfield.ops.multipole.engines import choose
 from farfield.ops.window import window_attention
 from farfield.parts import Inputs as LayerInputs
 
-__all__ = ["NO_STREAM", "Built", "Refused", "Subject", "installed", "recipe", "split_label"]
-
-NO_STREAM = "no streaming state yet: it would read the whole context again for every token"
-"""Why recipes of farfield do not decode. A streaming state takes this line's place."""
+__all__ = ["Built", "Refused", "Subject", "installed", "recipe", "split_label"]
 
 
 class Refused(Exception):
@@ -69,6 +67,7 @@ class Subject:
         work: what the cost model counts for a case, or None where that is not known.
         level: "core" or "layer".
         decode: one query [B, H, 1, D] against all keys and values, where it can; otherwise ``why_no_decode``.
+        decode_work: what the cost model counts for that.
         why_not: why it cannot run here at all, or None.
         modes: why it cannot run a mode on a case, or None.
         scores: whether it holds the whole [N, N] matrix of scores, so that memory is known before the first run.
@@ -80,6 +79,7 @@ class Subject:
     work: Callable[[Case], Work | None]
     level: str = "core"
     decode: Callable[[Case], Built] | None = None
+    decode_work: Callable[[Case], Work | None] = model.decode
     why_no_decode: str = "it has no decoding step here"
     why_not: str | None = None
     modes: Callable[[Case, str], str | None] = field(default=lambda case, mode: None)
@@ -153,7 +153,24 @@ def recipe(name: str, options: dict[str, Any], label: str) -> Subject:
         built = layer(case)
         return work_of(built.near_spec, built.far_spec, case)
 
-    return Subject(label, make, work, why_no_decode=NO_STREAM, scores=impl == "reference")
+    def decode(case: Case) -> Built:
+        if impl is not None:
+            raise Refused(f"impl={impl!r} is an engine for whole sequences; a stream has one way only")
+        if not case.causal:
+            raise Refused("a stream takes tokens in as they come, and this case is not causal")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            built = layer(case).to(case.device, case.torch_dtype).eval()
+        return Built(_stream(built, case), why_no_error="not computed in decoding")
+
+    def decode_work(case: Case) -> Work | None:
+        if case.tokens == 1:
+            return work(case)
+        # What the last token adds: no earlier one changes by it.
+        both = work(case), work(replace(case, grid=(case.tokens - 1,)))
+        return None if both[0] is None or both[1] is None else both[0] - both[1]
+
+    return Subject(label, make, work, decode=decode, decode_work=decode_work, scores=impl == "reference")
 
 
 def _engines(name: str) -> tuple[str, ...]:
@@ -189,6 +206,27 @@ def _core(layer: Attention, case: Case) -> Callable[..., Tensor]:
         # What reads the layer's input beside q, k and v (landmarks, gates) gets the queries side by side.
         given = q.transpose(1, 2).flatten(2) if reads_x else x
         return layer.attend(LayerInputs(q, k, v, given, case.grid, causal=case.causal, scale=layer.scale))
+
+    return run
+
+
+def _stream(layer: Attention, case: Case) -> Callable[..., Tensor]:
+    """One step of a layer's stream between its projections.
+
+    The first call takes all tokens but the last in; every call takes the last one in (again) and attends from it.
+    """
+    state = layer.stream(case.batch, rewind=0)
+    reads_x = _reads_x(layer)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = q.transpose(1, 2).flatten(2) if reads_x else q.new_empty(q.shape[0], q.shape[2], 0)
+        return layer.attend_step(LayerInputs(q, k, v, x, (q.shape[2],), causal=True, scale=layer.scale), state)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if state.lengths[0] == 0 and k.shape[2] > 1:
+            # Any queries do: what they attend to is thrown away.
+            step(torch.zeros_like(k[:, :, :-1]), k[:, :, :-1], v[:, :, :-1])
+        return step(q, k[:, :, -1:], v[:, :, -1:])
 
     return run
 

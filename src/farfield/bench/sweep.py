@@ -23,7 +23,7 @@ from torch import Tensor
 from farfield.bench.case import Case, Inputs
 from farfield.bench.ceilings import MatrixProduct, memory_rate, rates
 from farfield.bench.memory import PeakMemory, available_bytes, is_out_of_memory
-from farfield.bench.model import Rates, Work, decode, floor
+from farfield.bench.model import Rates, Work, floor
 from farfield.bench.subjects import Built, Refused, Subject
 from farfield.bench.timing import ahead, in_turns, seconds
 
@@ -255,7 +255,7 @@ def _places(settings: Settings) -> list[tuple[Case, str]]:
 
 
 def _work(subject: Subject, case: Case, mode: str) -> Work | None:
-    return decode(case) if mode == "decode" and subject.decode is not None else subject.work(case)
+    return subject.decode_work(case) if mode == "decode" and subject.decode is not None else subject.work(case)
 
 
 def _prepare(subject: Subject, case: Case, mode: str) -> tuple[Work | None, Built]:

@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from farfield.ops.cache import Cache, exactly, write_ring
+from farfield.ops.state import AttentionState
+from farfield.ops.tiles import compute_dtype
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["FEATURES", "Linear", "centred_attention", "linear_attention"]
 
@@ -99,7 +103,7 @@ class Linear(FarPart):
         return _Linear(self, spec)
 
 
-class _Linear(nn.Module):
+class _Linear(StreamModule):
     def __init__(self, part: Linear, spec: LayerSpec) -> None:
         super().__init__()
         self.part = part
@@ -110,20 +114,95 @@ class _Linear(nn.Module):
         """The output `[B, Hq, N, D]`."""
         if inputs.cu_seqlens is not None:
             return by_segment(inputs, self.forward)
-        feature = _MAPS[self.part.feature]
-        wide = torch.promote_types(inputs.q.dtype, torch.float32)
         # Sums over all tokens need the range of float32.
         with torch.autocast(inputs.q.device.type, enabled=False):
-            q, k, v = feature(inputs.q.to(wide)), feature(inputs.k.to(wide)), inputs.v.to(wide)
+            q, k, v = self._features(inputs)
             if inputs.key_mask is not None:
                 k = k.masked_fill(~inputs.key_mask[:, None, :, None], 0.0)
             if self.part.normalise == "subtract":
-                out = centred_attention(q, k, v, inputs.key_mask, causal=inputs.causal, scale=inputs.scale)
+                out = self._scaled(
+                    centred_attention(q, k, v, inputs.key_mask, causal=inputs.causal, scale=inputs.scale)
+                )
             else:
-                out = linear_attention(q, k, v, causal=inputs.causal, floor=self.part.floor)
-            if self.tau is not None:
-                out = out * self.tau[:, None, None]
+                out = self._scaled(linear_attention(q, k, v, causal=inputs.causal, floor=self.part.floor))
         return out.to(inputs.v.dtype)
+
+    def _features(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """phi(q), phi(k), v in float32 or wider."""
+        feature = _MAPS[self.part.feature]
+        wide = torch.promote_types(inputs.q.dtype, torch.float32)
+        return feature(inputs.q.to(wide)), feature(inputs.k.to(wide)), inputs.v.to(wide)
+
+    def _scaled(self, out: Tensor) -> Tensor:
+        return out if self.tau is None else out * self.tau[:, None, None]
+
+    def why_no_stream(self, spec: StreamSpec) -> str | None:
+        """Centred weights keep a mean over all keys, whose state is not written."""
+        return None if self.part.normalise == "divide" else "normalise='subtract' has no decode state; use 'divide'"
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """The state before the present chunk of 64 tokens, and the features of the chunk.
+
+        Where tokens can be taken back, also the states before earlier chunks, and their tokens.
+        """
+        kept, wide, width = 1 + -(-spec.rewind // CHUNK), compute_dtype(spec.dtype), spec.head_dim
+        return {
+            "keys": spec.zeros(kept * CHUNK, width, wide),
+            "values": spec.zeros(kept * CHUNK, width + 1, wide),
+            "states": spec.zeros(kept * width, width + 1, wide).unflatten(2, (kept, width)),
+        }
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`. Time and memory do not depend on the length."""
+        whole = length == 0 and inputs.k.shape[2] > CHUNK
+        out = self(inputs) if whole else None
+        with exactly(inputs.q.device):
+            q, k, v = self._features(inputs)
+            # A last channel of ones makes the denominator one more output.
+            v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+            if out is not None:
+                _fill(cache, k, v)
+                return out
+            q = q.unflatten(1, (k.shape[1], -1))
+            done, pieces = 0, []
+            while done < k.shape[2]:
+                stop = min(k.shape[2], done + CHUNK - (length + done) % CHUNK)
+                span = slice(done, stop)
+                pieces.append(_advance(cache, q[..., span, :], k[:, :, span], v[:, :, span], length + done))
+                done = stop
+            joint = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 3)
+            out = self._scaled(_normalised(joint.flatten(1, 2), self.part.floor))
+        return out.to(inputs.v.dtype)
+
+
+def _fill(cache: Cache, k: Tensor, v: Tensor) -> None:
+    """A whole prefix into an empty cache."""
+    states = cache["states"]
+    kept, last = states.shape[2], k.shape[2] // CHUNK
+    first = max(0, last + 1 - kept)
+    write_ring(cache["keys"], k, 0)
+    write_ring(cache["values"], v, 0)
+    total = k[:, :, : first * CHUNK].mT @ v[:, :, : first * CHUNK]
+    for chunk in range(first, last + 1):
+        states[:, :, chunk % kept] = total
+        span = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+        total = total + k[:, :, span].mT @ v[:, :, span]
+
+
+def _advance(cache: Cache, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+    """Tokens of one chunk, the first at position ``length``: [B, Hkv, r, T, D + 1] from the past and themselves."""
+    states = cache["states"]
+    kept, chunk, place = states.shape[2], length // CHUNK, length % CHUNK
+    first, stop = chunk % kept * CHUNK, place + k.shape[2]
+    cache["keys"][:, :, first + place : first + stop] = k
+    cache["values"][:, :, first + place : first + stop] = v
+    keys, values = (cache[name][:, :, first : first + stop] for name in ("keys", "values"))
+    own = (q @ keys.mT.unsqueeze(2)).tril(place) @ values.unsqueeze(2)
+    before = states[:, :, chunk % kept]
+    out: Tensor = own + q @ before.unsqueeze(2)
+    if stop == CHUNK:
+        states[:, :, (chunk + 1) % kept] = before + keys.mT @ values
+    return out
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, floor: float = 0.0) -> Tensor:
@@ -145,7 +224,11 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool 
     # A last channel of ones makes the denominator one more output.
     v = torch.cat((value, torch.ones_like(value[..., :1])), -1)
     joint = _causal(q, k, v) if causal else q @ (k.transpose(-1, -2) @ v).unsqueeze(2)
-    joint = joint.flatten(1, 2)
+    return _normalised(joint.flatten(1, 2), floor)
+
+
+def _normalised(joint: Tensor, floor: float) -> Tensor:
+    """All channels but the last over the last, which is at least ``floor``; a row without mass gives 0."""
     top, mass = joint[..., :-1], joint[..., -1:]
     if floor > 0:
         return top / mass.clamp(min=floor)

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows, write_ring
 from farfield.ops.state import AttentionState, attend_dense
+from farfield.ops.tiles import compute_dtype
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment, head_norm
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Projection"]
 
@@ -68,7 +71,7 @@ class Projection(FarPart):
         return _Projection(self, spec)
 
 
-class _Projection(nn.Module):
+class _Projection(StreamModule):
     def __init__(self, part: Projection, spec: LayerSpec) -> None:
         super().__init__()
         self.rank, self.chunk = part.rank, part.chunk
@@ -90,10 +93,8 @@ class _Projection(nn.Module):
         batch, tokens = inputs.x.shape[:2]
         chunk = tokens if self.chunk is None else self.chunk
         spare = -tokens % chunk
-        kv_heads, head_dim = inputs.k.shape[1], inputs.k.shape[3]
-        logits = self.weights(inputs.x).unflatten(-1, (kv_heads, self.rank)).permute(0, 2, 3, 1)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logits = F.pad(logits.to(wide), (0, spare)).unflatten(3, (-1, chunk))  # B, Hkv, rank, chunks, chunk
+        logits = self._logits(inputs)
+        logits = F.pad(logits, (0, spare)).unflatten(3, (-1, chunk))  # B, Hkv, rank, chunks, chunk
         mask = inputs.key_mask
         present = None
         if mask is None and spare:
@@ -108,12 +109,87 @@ class _Projection(nn.Module):
                 present = some[..., None].expand(-1, -1, self.rank)
         weights = logits.softmax(-1).to(inputs.v.dtype).permute(0, 1, 3, 2, 4)  # B, Hkv, chunks, rank, chunk
 
-        def mix(x: Tensor) -> Tensor:
-            mixed = weights @ F.pad(x, (0, 0, 0, spare)).unflatten(2, (-1, chunk))
-            mixed = mixed.reshape(batch, kv_heads, -1, head_dim)
-            return mixed if self.norm is None else head_norm(self.norm, mixed)
+        keys, values = (self._mixed(weights, F.pad(x, (0, 0, 0, spare))) for x in (inputs.k, inputs.v))
+        return keys, values, present
 
-        return mix(inputs.k), mix(inputs.v), present
+    def _logits(self, inputs: Inputs) -> Tensor:
+        """[B, Hkv, rank, N] of every token for every landmark of its chunk, float32 or wider."""
+        logits = self.weights(inputs.x).unflatten(-1, (inputs.k.shape[1], self.rank)).permute(0, 2, 3, 1)
+        wide: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return wide
+
+    def why_no_stream(self, spec: StreamSpec) -> str | None:
+        """See :class:`farfield.streaming.StreamModule`."""
+        return None if self.chunk is not None else "without chunk= its landmarks mix the whole sequence"
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """The present chunk, earlier ones as far as tokens can be taken back, and all landmarks: these grow."""
+        assert self.chunk is not None
+        places = self.chunk * (1 + -(-spec.rewind // self.chunk))
+        return {
+            "keys": spec.zeros(places),
+            "values": spec.zeros(places),
+            "logits": spec.zeros(places, self.rank, compute_dtype(spec.dtype)),
+            "landmark_keys": spec.zeros(0),
+            "landmark_values": spec.zeros(0),
+        }
+
+    def reserve(self, cache: Cache, length: int, rewind: int) -> None:
+        """Twice the room for landmarks when it is used up."""
+        assert self.chunk is not None
+        need, have = length // self.chunk * self.rank, cache["landmark_keys"].shape[2]
+        if need > have:
+            for name in ("landmark_keys", "landmark_values"):
+                cache[name] = grown(cache[name], max(need, 2 * have))
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`. O(T rank n / chunk)."""
+        assert self.chunk is not None
+        tokens = inputs.q.shape[2]
+        if length == 0 and tokens > 1:
+            self._fill(inputs, cache)
+            return self(inputs)
+        logits, done = self._logits(inputs).mT, 0
+        states: list[AttentionState | Tensor] = []
+        while done < tokens:
+            chunk, place = divmod(length + done, self.chunk)
+            stop = min(tokens, done + self.chunk - place)
+            for name, x in (("keys", inputs.k), ("values", inputs.v), ("logits", logits)):
+                write_ring(cache[name], x[:, :, done:stop], length + done)
+            seen = slice(0, chunk * self.rank)
+            keys, values = cache["landmark_keys"][:, :, seen], cache["landmark_values"][:, :, seen]
+            with exactly(keys.device):
+                query = inputs.q[:, :, done:stop]
+                states.append(attend_few(query, keys, values, scale=inputs.scale, dtype=compute_dtype(keys.dtype)))
+            if place + stop - done == self.chunk:
+                self._complete(cache, chunk)
+            done = stop
+        return join_rows(states)
+
+    def _fill(self, inputs: Inputs, cache: Cache) -> None:
+        """A whole prefix into an empty cache."""
+        assert self.chunk is not None
+        logits, whole = self._logits(inputs).mT, inputs.q.shape[2] // self.chunk * self.chunk
+        for name, x in (("keys", inputs.k), ("values", inputs.v), ("logits", logits)):
+            write_ring(cache[name], x, 0)
+        if whole:
+            weights = logits[:, :, :whole].unflatten(2, (-1, self.chunk)).mT.softmax(-1).to(inputs.v.dtype)
+            for name, x in (("landmark_keys", inputs.k), ("landmark_values", inputs.v)):
+                cache[name][:, :, : whole // self.chunk * self.rank] = self._mixed(weights, x[:, :, :whole])
+
+    def _complete(self, cache: Cache, chunk: int) -> None:
+        """The landmarks of a chunk whose tokens are all there."""
+        assert self.chunk is not None
+        first = chunk * self.chunk % cache["keys"].shape[2]
+        span, into = slice(first, first + self.chunk), slice(chunk * self.rank, (chunk + 1) * self.rank)
+        weights = cache["logits"][:, :, None, span].mT.softmax(-1).to(cache["values"].dtype)
+        for name in ("keys", "values"):
+            cache[f"landmark_{name}"][:, :, into] = self._mixed(weights, cache[name][:, :, span])
+
+    def _mixed(self, weights: Tensor, x: Tensor) -> Tensor:
+        """[B, Hkv, chunks * rank, D] from weights [B, Hkv, chunks, rank, chunk] and the tokens of those chunks."""
+        mixed = (weights @ x.unflatten(2, (-1, weights.shape[-1]))).flatten(2, 3)
+        return mixed if self.norm is None else head_norm(self.norm, mixed)
 
     def _past(self, inputs: Inputs, keys: Tensor, values: Tensor, present: Tensor | None) -> AttentionState:
         """Landmarks of strictly earlier chunks, by spans of chunks whose scores fit a fixed buffer."""

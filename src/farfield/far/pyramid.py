@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from farfield.geometry import Geometry, default_levels, geometry, integers, per_axis
 from farfield.merge import AttentionState
 from farfield.near.blocks import Blocks
+from farfield.ops.cache import Cache
 from farfield.ops.multipole import multipole_attention, multipole_rows
+from farfield.ops.multipole.stream import MultipoleStream, Turn, Weights
 from farfield.ops.multipole.summarise import cell_centres, summarise
 from farfield.ops.multipole.summary import (
     LearnedSummary,
@@ -23,6 +25,7 @@ from farfield.ops.multipole.summary import (
     averaging,
 )
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Pyramid"]
 
@@ -158,7 +161,7 @@ class Pyramid(FarPart):
         return _Pyramid(self, spec, shape, part)
 
 
-class _Pyramid(nn.Module):
+class _Pyramid(StreamModule):
     def __init__(self, options: Pyramid, spec: LayerSpec, shape: Geometry, part: str) -> None:
         super().__init__()
         self.options, self.shape, self.part = options, shape, part
@@ -313,6 +316,70 @@ class _Pyramid(nn.Module):
             centres = cell_centres(inputs.q.shape[2], block, rank, level, k.device)
             keys.append(inputs.rope.rotate(k.flatten(2, 3), centres).view(k.shape))
         return plain._replace(keys=tuple(keys))
+
+    def _stream(self, rewind: int, raw: bool) -> MultipoleStream:
+        options, (block,), (rank,) = self.options, self.shape.block, self.shape.rank
+        return MultipoleStream(block, rank, options.levels, options.count_bias, options.sinks, self.part, rewind, raw)
+
+    def why_no_stream(self, spec: StreamSpec) -> str | None:
+        """See :class:`farfield.streaming.StreamModule`."""
+        if self.options.summary == "learned":
+            return (
+                f"learned summaries are made for one length, {self.options.grid}, and a stream has every length; "
+                "summary='shared', 'pooled' and 'mean' can be streamed"
+            )
+        return self._stream(spec.rewind, False).why_not()
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """Sinks, the last blocks, and four groups of every level.
+
+        With an explicit number of levels, all groups of the top one: then it grows with the context.
+        """
+        stream = self._stream(spec.rewind, spec.rope and self.options.rope == "cells")
+        return stream.empty(
+            spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device,
+            biased=self.level_bias is not None, pooled=self.options.summary == "pooled",
+        )  # fmt: skip
+
+    def reserve(self, cache: Cache, length: int, rewind: int) -> None:
+        """One more level whenever the length has doubled."""
+        self._stream(rewind, "raw" in cache).reserve(cache, length)
+
+    def resume(self, cache: Cache, length: int, rewind: int) -> None:
+        """Hides what was taken back."""
+        self._stream(rewind, "raw" in cache).open_block(cache, length, self._weights())
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`. O(T (block + rank levels))."""
+        stream = self._stream(rewind, "raw" in cache)
+        weights = self._weights(self._turn(inputs) if stream.raw else None)
+        raw = inputs.k if stream.raw else None
+        if length == 0 and inputs.q.shape[2] > 1:
+            state: AttentionState = self(inputs)
+            stream.fill(cache, inputs.rotated_k, inputs.v, weights=weights, raw=raw)
+            return state
+        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
+        return stream.step(cache, *tokens, length, scale=inputs.scale, weights=weights, raw=raw, need_lse=need_lse)
+
+    def _weights(self, turn: Turn | None = None) -> Weights:
+        def kept() -> str | SharedSummary | PooledSummary:
+            summary = self.summary()
+            assert isinstance(summary, str | SharedSummary | PooledSummary)
+            return summary
+
+        return Weights(kept, self.biases, turn)
+
+    def _turn(self, inputs: Inputs) -> Turn:
+        """Rotates cells by the positions of their centres."""
+        rope, (block,), (rank,) = inputs.rope, self.shape.block, self.shape.rank
+        assert rope is not None
+
+        def turn(cells: Tensor, level: int, first: int) -> Tensor:
+            side = (block << (level - 1)) // rank
+            number = torch.arange(first, first + cells.shape[2], device=cells.device)
+            return rope.rotate(cells, (number + 0.5) * side - 0.5)
+
+        return turn
 
     def extra_repr(self) -> str:
         """What was asked for."""

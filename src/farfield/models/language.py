@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield import recipes
+from farfield.streaming import StackState, StreamState
 
 __all__ = ["LanguageConfig", "LanguageModel", "tuples"]
 
@@ -138,6 +139,43 @@ class LanguageModel(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
+    def stream(self, batch_size: int = 1, *, rewind: int = 0) -> StackState:
+        """A state of rows without tokens, for :meth:`step`: one per layer, see :meth:`farfield.Attention.stream`."""
+        return StackState(block.stream(batch_size, rewind) for block in self._layers())
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: StackState, *, present: Tensor | None = None) -> Tensor:
+        """Take the next tokens in and predict the one after each; a prompt is a step with many tokens.
+
+        The logits are those of ``model(all tokens so far)[:, -T:]``, except with a window whose ``stride`` is above 1
+        in a model of several layers: there the rows of a stride that is not full change with every token, and a stream
+        keeps what it has computed.
+
+        Args:
+            tokens: [B, T] int64.
+            state: Of :meth:`stream`; changed in place.
+            present: bool [B, T], True where the row has a token, for prompts of different lengths with padding on
+                either side. Logits at padding mean nothing.
+
+        Returns:
+            Logits [B, T, vocab], without gradients.
+
+        Raises:
+            ValueError: If ``tokens`` is not [B, T], or the state does not fit.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must have shape [B, T] with T of at least 1, got {list(tokens.shape)}")
+        if len(state.layers) != len(self.blocks):
+            raise ValueError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")
+        x = self.embedding(tokens)
+        for block, layer in zip(self._layers(), state.layers, strict=True):
+            x = block.step(x, layer, present)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def _layers(self) -> list[_Block]:
+        return [block for block in self.blocks if isinstance(block, _Block)]
+
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood in nats of every token after the first, given those before it.
 
@@ -179,7 +217,16 @@ class _Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+        return self._mlp(x + self.attention(self.attention_norm(x)))
+
+    def stream(self, batch_size: int, rewind: int) -> StreamState:
+        state: StreamState = self.attention.stream(batch_size, rewind=rewind)
+        return state
+
+    def step(self, x: Tensor, state: StreamState, present: Tensor | None) -> Tensor:
+        return self._mlp(x + self.attention.step(self.attention_norm(x), state, present=present))
+
+    def _mlp(self, x: Tensor) -> Tensor:
         return x + self.down(F.silu(self.up(self.mlp_norm(x))))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from farfield.geometry import per_axis
+from farfield.ops.cache import Cache
 from farfield.ops.multipole import multipole_attention
+from farfield.ops.multipole.stream import MultipoleStream, Weights
 from farfield.ops.state import AttentionState
 from farfield.parts import Inputs, LayerSpec, NearPart, Part
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Blocks"]
 
@@ -45,7 +48,7 @@ class Blocks(NearPart):
         return _Blocks(per_axis(self.block, spec.dims, "block"))
 
 
-class _Blocks(nn.Module):
+class _Blocks(StreamModule):
     def __init__(self, block: tuple[int, ...]) -> None:
         super().__init__()
         self.block = block
@@ -68,3 +71,30 @@ class _Blocks(nn.Module):
             part="near",
         )
         return AttentionState(out, lse)
+
+    def _stream(self, rewind: int) -> MultipoleStream:
+        return MultipoleStream(self.block[0], 1, None, False, 0, "near", rewind)
+
+    def why_no_stream(self, spec: StreamSpec) -> str | None:
+        """See :class:`farfield.streaming.StreamModule`."""
+        return self._stream(spec.rewind).why_not()
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """The last two blocks, and one more where tokens can be taken back."""
+        stream = self._stream(spec.rewind)
+        return stream.empty(spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
+
+    def resume(self, cache: Cache, length: int, rewind: int) -> None:
+        """Hides what was taken back."""
+        self._stream(rewind).open_block(cache, length, Weights())
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`."""
+        stream = self._stream(rewind)
+        if length == 0 and inputs.q.shape[2] > 1:
+            state = self(inputs)
+            stream.fill(cache, inputs.rotated_k, inputs.v)
+            assert isinstance(state, AttentionState)
+            return state
+        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
+        return stream.step(cache, *tokens, length, scale=inputs.scale, need_lse=need_lse)

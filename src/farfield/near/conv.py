@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield.geometry import per_axis
+from farfield.ops.cache import Cache, read_ring, write_ring
+from farfield.ops.state import AttentionState
 from farfield.parts import Inputs, LayerSpec, NearPart, Part, by_segment, repeat_heads
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Conv"]
 
@@ -51,7 +55,7 @@ class Conv(NearPart):
         return _Conv(per_axis(self.kernel, spec.dims, "kernel"), spec)
 
 
-class _Conv(nn.Module):
+class _Conv(StreamModule):
     def __init__(self, kernel: tuple[int, ...], spec: LayerSpec) -> None:
         super().__init__()
         width = spec.num_kv_heads * spec.head_dim
@@ -67,4 +71,18 @@ class _Conv(nn.Module):
         v = inputs.v  # 0 at hidden tokens
         planes = v.transpose(2, 3).flatten(1, 2).unflatten(2, inputs.grid)
         mixed = self.conv(F.pad(planes, self.padding)).flatten(2).unflatten(1, (v.shape[1], v.shape[3]))
+        return repeat_heads(mixed.transpose(2, 3), inputs.q.shape[1])
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """As many values as the kernel reaches back, and those that can be taken back."""
+        return {"values": spec.zeros(self.conv.kernel_size[0] - 1 + spec.rewind)}
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`."""
+        ring, v = cache["values"], inputs.v
+        reach = self.conv.kernel_size[0] - 1
+        before = read_ring(ring, max(0, length - reach), length).to(v.dtype)
+        context = F.pad(torch.cat((before, v), 2), (0, 0, reach - before.shape[2], 0))
+        write_ring(ring, v, length)
+        mixed = self.conv(context.transpose(2, 3).flatten(1, 2)).unflatten(1, (v.shape[1], v.shape[3]))
         return repeat_heads(mixed.transpose(2, 3), inputs.q.shape[1])

@@ -8,11 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows
 from farfield.ops.state import AttentionState, attend_dense
+from farfield.ops.tiles import compute_dtype
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, repeat_heads
 from farfield.rope import segment_positions
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Dense", "dense_output"]
+
+SCORES = 1 << 24
+"""Scores per head held at once when several tokens follow a cache."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Dense(NearPart):
         return _Dense()
 
 
-class _Dense(OutputModule):
+class _Dense(OutputModule, StreamModule):
     def forward(self, inputs: Inputs) -> AttentionState:
         """Attention with its log-sum-exp."""
 
@@ -59,6 +65,44 @@ class _Dense(OutputModule):
     def output(self, inputs: Inputs) -> Tensor:
         """The output alone, when nobody needs the log-sum-exp."""
         return dense_output(inputs)
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """All keys and values: it grows with the context."""
+        return {"keys": spec.zeros(0), "values": spec.zeros(0)}
+
+    def reserve(self, cache: Cache, length: int, rewind: int) -> None:
+        """Twice the room when it is used up, so that copying costs O(1) per token."""
+        have = cache["keys"].shape[2]
+        if length > have:
+            for name in cache:
+                cache[name] = grown(cache[name], max(length, 2 * have))
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`. O(T n)."""
+        q, stop = inputs.rotated_q, length + inputs.q.shape[2]
+        cache["keys"][:, :, length:stop] = inputs.rotated_k
+        cache["values"][:, :, length:stop] = inputs.v
+        if length == 0 and stop > 1:
+            return self(inputs) if need_lse else self.output(inputs)
+        span = max(1, SCORES // stop)
+        parts = [
+            _attend_cache(q[:, :, i : i + span], cache, min(length + i + span, stop), inputs.scale, need_lse)
+            for i in range(0, q.shape[2], span)
+        ]
+        return join_rows(parts)
+
+
+def _attend_cache(query: Tensor, cache: Cache, stop: int, scale: float, need_lse: bool) -> AttentionState | Tensor:
+    """The last queries of a sequence of ``stop`` tokens over its cache."""
+    keys, values = cache["keys"][:, :, :stop], cache["values"][:, :, :stop]
+    tokens, dtype, bias = query.shape[2], compute_dtype(keys.dtype), None
+    if not need_lse:
+        dtype = keys.dtype  # torch's kernels take care of their range, and a long cache is not copied
+    if tokens > 1:  # one query sees everything
+        seen = torch.ones(tokens, stop, dtype=torch.bool, device=query.device).tril(stop - tokens)
+        bias = torch.zeros(tokens, stop, dtype=dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+    with exactly(query.device):
+        return attend_few(query, keys, values, scale=scale, bias=bias, dtype=dtype, need_lse=need_lse)
 
 
 def dense_output(inputs: Inputs) -> Tensor:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from farfield.near.dense import dense_output
+from farfield.ops.cache import Cache
 from farfield.ops.state import AttentionState
 from farfield.ops.window import window_attention
 from farfield.ops.window.api import check_rule
+from farfield.ops.window.stream import WindowStream
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, by_segment, head_norm
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Window"]
 
@@ -69,7 +72,7 @@ class Window(NearPart):
         return _Window(self, spec)
 
 
-class _Window(OutputModule):
+class _Window(OutputModule, StreamModule):
     def __init__(self, part: Window, spec: LayerSpec) -> None:
         super().__init__()
         self.part = part
@@ -107,6 +110,28 @@ class _Window(OutputModule):
             dropout=inputs.dropout,
             return_lse=True,
         )
+
+    def _stream(self, rewind: int) -> WindowStream:
+        (size,), (stride,), (dilation,) = self.part.rule((1,))
+        return WindowStream(size, stride, dilation, rewind)
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """As many tokens as the window reaches back, and those that can be taken back."""
+        return self._stream(spec.rewind).empty(
+            spec.batch_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device
+        )
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`."""
+        stream = self._stream(rewind)
+        if length == 0 and inputs.q.shape[2] > 1:
+            out = self(inputs) if need_lse else self.output(inputs)
+            inputs = self._normed(inputs)
+            stream.fill(cache, inputs.rotated_k, inputs.v)
+            return out
+        inputs = self._normed(inputs)
+        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
+        return stream.step(cache, *tokens, length, scale=inputs.scale, need_lse=need_lse)
 
     def _normed(self, inputs: Inputs) -> Inputs:
         if self.norm is None:

@@ -23,8 +23,11 @@ def generate(
 ) -> Iterator[int]:
     """Continue a prompt.
 
-    Every byte is computed from the last ``config.context`` bytes anew: the cost of one byte is that of a whole forward
-    pass, and nothing is cached. That is meant for looking at what a small model has learned, not for serving.
+    The prompt, or its last ``config.context`` bytes, is read in one pass; every further byte is one step of the
+    model's streaming state (:meth:`LanguageModel.step`), whose cost does not depend on what went before, as far as the
+    recipe's state is bounded. Up to ``config.context`` bytes, prompt included, the logits are those of the whole text.
+    No byte is computed from more than ``config.context`` bytes: when the state holds that many, it begins again with
+    the last half of them.
 
     Args:
         model: A trained model over bytes. Put into evaluation mode.
@@ -52,13 +55,17 @@ def _sample(model: LanguageModel, text: list[int], length: int, temperature: flo
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     model.eval()
+    context = model.config.context
+    state, unread = model.stream(), text[-context:]
     for _ in range(length):
-        tokens = torch.tensor([text[-model.config.context :]], device=device)
-        with torch.no_grad():
-            logits = model(tokens)[0, -1].double().cpu()
+        if state.lengths[0] + len(unread) > context:
+            # Positions beyond the context were never trained. Half of it, so that reading again costs O(1) per byte.
+            state, unread = model.stream(), text[-max(1, context // 2) :]
+        logits = model.step(torch.tensor([unread], device=device), state)[0, -1].double().cpu()
         if temperature == 0:
             byte = int(logits.argmax())
         else:
             byte = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
         text.append(byte)
+        unread = [byte]
         yield byte
