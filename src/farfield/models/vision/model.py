@@ -102,14 +102,17 @@ class VisionModel(nn.Module):
 
 
 def relative_errors(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """|predicted - target| / |target| per example, both norms over channels and the points that count.
+    """|predicted - target| / |target| per example: L2 norms over the points that count, a mean over channels.
 
     Args:
         predicted, target: `[B, C, *grid]`. Targets may hold anything, NaN included, where the mask is False.
         mask: bool `[B, *grid]`; None when every point counts.
 
     Returns:
-        `[B]`. An example whose target is zero everywhere gives the norm of the prediction itself.
+        `[B]`. A channel whose target is zero everywhere gives the norm of the prediction itself.
+
+    Raises:
+        ValueError: when the shapes differ.
     """
     if predicted.shape != target.shape:
         raise ValueError(f"predicted and target differ in shape: {tuple(predicted.shape)} and {tuple(target.shape)}")
@@ -117,6 +120,7 @@ def relative_errors(predicted: Tensor, target: Tensor, mask: Tensor | None = Non
     if mask is not None:
         hidden = ~mask[:, None]
         difference, target = difference.masked_fill(hidden, 0.0), target.masked_fill(hidden, 0.0)
-    size = target.flatten(1).norm(dim=1)
+    size = target.flatten(2).norm(dim=2)
     tiny = math.sqrt(torch.finfo(size.dtype).tiny)
-    return difference.flatten(1).norm(dim=1) / torch.where(size > tiny, size, torch.ones_like(size))
+    ratio = difference.flatten(2).norm(dim=2) / torch.where(size > tiny, size, torch.ones_like(size))
+    return ratio.mean(1)
