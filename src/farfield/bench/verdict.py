@@ -126,7 +126,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Pair:
-    """How much worse ``other`` is than ``best``, in bits per byte or another measure, and the yardstick it is held against.
+    """How much worse ``other`` is than ``best``, in bits per byte or another measure, and what it is held against.
 
     ``clear`` is true when ``best`` is better by more than the yardstick.
     """
