@@ -186,7 +186,7 @@ def position_figure(summaries: Sequence[Summary], style: Looks) -> Figure:
 
 
 def cost_figure(cost: Cost, style: Looks, lengths_of: str = "") -> Figure:
-    """Time and memory by length, both axes logarithmic: of one layer, or of what has ``lengths_of`` (such as pixels)."""
+    """Time and memory by length, both axes logarithmic: of one layer, or of what ``lengths_of`` are lengths of."""
     names = list(dict.fromkeys(point.attention for point in cost.points))
     measured = any(point.memory is not None for point in cost.points)
     with rc_context(STYLE):

@@ -34,7 +34,7 @@ _REACH_DECADES = -3
 
 
 def predictions_figure(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figure:
-    """One row per example: the input, the truth, and what every attention made of it, for fields and pixels with errors."""
+    """The input, the truth and what every attention made of it, beside it where it is wrong, a row per example."""
     draw = {"classify": _classes, "segment": _pixels, "operator": _fields}[outcome.data.task]
     with rc_context(STYLE):
         return draw(outcome, samples)
@@ -44,7 +44,7 @@ def _panels(rows: int, columns: int, shape: tuple[int, ...], extra: float = 0.5)
     height, width = shape[-2:]
     # All pictures alike, wide ones flatter; the gaps hold the titles.
     tall = min(max(_SIDE * height / width, 0.7), 2 * _SIDE)
-    size = (max(_SIDE * columns + 0.4, 4.5), (tall + 0.42) * rows + extra)
+    size = (max(_SIDE * columns + 0.4, 4.5), (tall + 0.26) * rows + extra)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for one in axes.reshape(-1):
@@ -69,16 +69,11 @@ def _classes(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figure:
     for column, one in enumerate(axes[0]):
         one.imshow(_rgb(outcome, first.x[column]), interpolation="nearest")
         _title(one, textwrap.shorten(names[first.y[column]], 22))
-        lines = 0
-        for attention, found in samples.items():
+        for line, (attention, found) in enumerate(samples.items()):
             said = int(found.predicted[column])
-            right = said == first.y[column]
-            lines += 1
-            one.text(
-                0, -0.02 - 0.12 * (lines - 1), f"{attention}: {textwrap.shorten(names[said], 14)} "
-                f"{100 * found.confidence[column]:.0f} %", transform=one.transAxes, fontsize=6.8, va="top",
-                color=_RIGHT if right else _WRONG,
-            )  # fmt: skip
+            text = f"{attention}: {textwrap.shorten(names[said], 14)} {100 * found.confidence[column]:.0f} %"
+            colour = _RIGHT if said == first.y[column] else _WRONG
+            one.text(0, -0.03 - 0.13 * line, text, transform=one.transAxes, fontsize=6.8, va="top", color=colour)
     return figure
 
 

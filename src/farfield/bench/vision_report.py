@@ -172,8 +172,8 @@ def to_html(outcome: VisionOutcome, pictures: dict[str, bytes]) -> str:
         unmeasured = why_unmeasured(settings.device)
         simple = ", ".join(f"{name} {outcome.metric.say(value)}" for name, value in data.yardsticks.items())
         note = (
-            f"{outcome.metric.name.capitalize()} on held-out examples, {'more' if outcome.metric.higher else 'less'} is "
-            "better; images per second and peak memory are those of training; memory is what training adds to the idle "
+            f"{outcome.metric.name} on held-out examples, {'more' if outcome.metric.higher else 'less'} is better; "
+            "images per second and peak memory are those of training; memory is what training adds to the idle "
             "process" + (f" (not measured here: {unmeasured})" if unmeasured else "")
             + (f". A simple answer: {simple}" if simple else "") + "."
         )  # fmt: skip
@@ -211,7 +211,7 @@ def to_html(outcome: VisionOutcome, pictures: dict[str, bytes]) -> str:
             "<h2>Who sees whom</h2>",
             html.figure(
                 html.image(pictures["pattern.png"], "what a query sees"),
-                "What one query (the dot) of a layer of the first stage sees: tokens themselves, and summaries outlined.",
+                "What one query (the dot) sees in a layer of the first stage: tokens, and summaries outlined.",
             ),
         ]
     if outcome.cost is not None and outcome.cost.points:

@@ -56,9 +56,7 @@ def resolution_rows(outcome: VisionOutcome, summaries: Sequence[VisionSummary]) 
 
 def class_rows(outcome: VisionOutcome, summaries: Sequence[VisionSummary]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of scores by class."""
-    rows = [
-        [s.attention, *("–" if value is None else f"{100 * value:.1f}" for value in s.classes)] for s in summaries
-    ]
+    rows = [[s.attention, *("–" if value is None else f"{100 * value:.1f}" for value in s.classes)] for s in summaries]
     return ["attention", *outcome.data.classes], rows
 
 

@@ -130,7 +130,8 @@ def ranked_vision(outcome: VisionOutcome) -> list[VisionSummary]:
     counted = [run for run in outcome.runs if run.seed in seeds] or outcome.runs
     scores = {s.attention: s.score for s in summarise_vision(counted)}
     return sorted(
-        summarise_vision(outcome.runs), key=lambda s: -scores[s.attention] if outcome.metric.higher else scores[s.attention]
+        summarise_vision(outcome.runs),
+        key=lambda s: -scores[s.attention] if outcome.metric.higher else scores[s.attention],
     )
 
 
@@ -204,7 +205,7 @@ def _warnings(outcome: VisionOutcome, summaries: Sequence[VisionSummary], seeds:
     for name, value in outcome.data.yardsticks.items():
         if best.score <= value if metric.higher else best.score >= value:
             said.append(
-                f"All runs are far from trained: even the best ({metric.say(best.score)} {metric.name}) is not ahead of a "
-                f"simple answer, {name} ({metric.say(value)}). The order may change with a larger budget."
+                f"All runs are far from trained: even the best ({metric.say(best.score)} {metric.name}) is not ahead "
+                f"of a simple answer, {name} ({metric.say(value)}). The order may change with a larger budget."
             )
     return said
