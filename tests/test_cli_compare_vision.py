@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "NO_COLOR": "1",
 }
 PROGRAM = [sys.executable, "-W", "error", "-m", "farfield.cli"]
-TINY = ["--widths", "16,16", "--depths", "1,1", "--head-dim", "16", "--block", "2", "--rank", "1", "--device", "cpu"]
+TINY = ["--widths", "16,16", "--depths", "1,1", "--head-dim", "16", "--block", "2", "--rank", "1", "--workers", "0"]
 TWO = ["--attention", "window,fma", "--batch", "4"]
 
 

@@ -158,7 +158,7 @@ def make_runs(
                 warm_up(attention)
                 warm.add(attention)
             run = dataclasses.replace(
-                one_run(attention, seed), machine={name: machine[name] for name in MACHINE}  # type: ignore[type-var]
+                one_run(attention, seed), machine={name: machine[name] for name in MACHINE}
             )  # fmt: skip
         except Stopped:
             made.interrupted = True

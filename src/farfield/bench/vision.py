@@ -520,7 +520,7 @@ def _scores(results: Mapping[str, VisionEvaluation]) -> dict[str, float]:
 
 def _save_samples(path: Path, samples: Samples) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **samples.arrays())
+    np.savez_compressed(buffer, **samples.arrays())  # type: ignore[arg-type]
     write_atomically(path, buffer.getvalue())
 
 

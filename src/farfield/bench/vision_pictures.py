@@ -157,7 +157,7 @@ def looks_figure(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figu
     rows = min(len(first.x), 2)
     with rc_context(STYLE):
         figure, axes = _panels(rows, 1 + len(samples), first.x.shape, 0.5)
-        shown = None
+        shown: Any = None
         for row, line in enumerate(axes):
             if outcome.data.task == "operator":
                 line[0].imshow(_last(first.x[row, 0]), cmap="Greys", interpolation="nearest")
