@@ -36,7 +36,7 @@ from farfield.training.files import write_atomically, write_json
 from farfield.training.loop import TrainConfig, Trainer
 from farfield.training.metrics import METRICS, Metric, VisionEvaluation, evaluate_vision
 
-__all__ = ["VisionOutcome", "VisionRun", "VisionSettings", "compare_vision", "load_samples", "samples_file"]
+__all__ = ["VisionOutcome", "VisionRun", "VisionSettings", "Whole", "compare_vision", "load_samples", "samples_file"]
 
 RUN_FORMAT = "farfield-vision-run/1"
 COST_FORMAT = "farfield-vision-cost/1"
@@ -535,7 +535,7 @@ def load_samples(path: Path) -> Samples | None:
         return None
 
 
-class _Whole(nn.Module):
+class Whole(nn.Module):
     """A model as the cost stage calls it: `[1, N, channels]` in and out, the pixels of the largest grid of N points."""
 
     def __init__(self, model: VisionModel) -> None:
@@ -543,6 +543,7 @@ class _Whole(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
+        """The input and, on top, the mean of what the model makes of it: a gradient reaches everything."""
         config = self.model.config
         grid = grid_of(x.shape[1], config.dims)
         image = x.transpose(1, 2).unflatten(2, grid)
@@ -577,7 +578,7 @@ def _cost(
             return cost
 
     def builder(config: VisionConfig) -> Callable[[], nn.Module]:
-        return lambda: _Whole(VisionModel(config))
+        return lambda: Whole(VisionModel(config))
 
     first = configs[settings.attentions[0]]
     cost = layer_cost.measure(
