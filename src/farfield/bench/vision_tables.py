@@ -15,13 +15,12 @@ from farfield.bench.vision_verdict import VisionSummary, ranked_vision
 __all__ = ["class_rows", "headings", "resolution_rows", "rows_of_vision", "vision_table"]
 
 
-def headings(outcome: VisionOutcome) -> list[str]:
-    """Of the main table."""
+def headings(outcome: VisionOutcome, narrow: bool = False) -> list[str]:
+    """Of the main table; with ``narrow`` those that fit a terminal of 80 columns."""
     several = any(s.runs > 1 for s in ranked_vision(outcome))
     spread = ["max − min"] if several else []
-    return [
-        "attention", outcome.metric.name, *spread, "steps", "images/s", "peak memory", "parameters", "FLOP per image",
-    ]  # fmt: skip
+    last = ["memory", "params", "FLOP"] if narrow else ["peak memory", "parameters", "FLOP per example"]
+    return ["attention", outcome.metric.name, *spread, "steps", "images/s", *last]
 
 
 def rows_of_vision(outcome: VisionOutcome, summaries: Sequence[VisionSummary]) -> list[list[str]]:

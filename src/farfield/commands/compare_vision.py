@@ -218,7 +218,7 @@ def _print_outcome(console: Console, outcome: VisionOutcome, folder: Path) -> No
     if outcome.runs:
         summaries = ranked_vision(outcome)
         console.print("[bold]held-out examples[/bold]" + (" (interrupted)" if outcome.interrupted else ""))
-        console.print(vision_table(headings(outcome), rows_of_vision(outcome, summaries)))
+        console.print(vision_table(headings(outcome, narrow=True), rows_of_vision(outcome, summaries)))
         heads, rows = resolution_rows(outcome, summaries)
         if len(heads) > 2:
             console.print("[bold]by resolution[/bold]")
