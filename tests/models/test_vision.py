@@ -211,6 +211,19 @@ def test_statistics_normalise_inputs_and_scale_outputs_back() -> None:
         torch.testing.assert_close(scaled(raw), out, rtol=1e-4, atol=1e-4)
 
 
+def test_a_residual_operator_begins_with_its_input() -> None:
+    model = VisionModel(small(task="operator", outputs=3, residual=True))
+    x = torch.randn(1, 3, 8, 8)
+    mask = torch.ones(1, 8, 8, dtype=torch.bool)
+    mask[:, :2] = False
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), x, rtol=0, atol=0.05)
+        hidden = torch.where(mask[:, None], x, torch.full_like(x, float("nan")))
+        assert model(hidden, mask).isfinite().all()
+    with pytest.raises(ValueError, match="residual=True adds the input"):
+        small(task="operator", residual=True)
+
+
 def test_ignored_labels_count_in_no_loss() -> None:
     model = VisionModel(small(task="segment", ignore=11))
     x, y = torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)

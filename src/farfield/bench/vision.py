@@ -113,6 +113,7 @@ class VisionSettings:
             "std": data.std,
             "target_mean": data.target_mean,
             "target_std": data.target_std,
+            "residual": data.residual,
             "ignore": data.ignore,
         }
         plain = self.size.startswith("vit")
@@ -341,6 +342,7 @@ def run_key(
         "device": settings.device,
         "data": data.fingerprint[:16],
         "channels": [data.channels, data.outputs],
+        "residual": data.residual,
     }
     if settings.seconds is not None:  # equal time means something on one machine only
         key |= {

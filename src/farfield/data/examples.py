@@ -89,6 +89,7 @@ class VisionData:
         classes: their names; empty for an operator.
         ignore: the label that stands for none.
         mean, std, target_mean, target_std: statistics of the training examples, per channel.
+        residual: whether a model should predict changes of its input, as of what comes next.
         yardsticks: errors of simple answers by name, in the task's metric.
         source: in words, where the data are from.
         fingerprint: equal for equal data.
@@ -106,6 +107,7 @@ class VisionData:
     std: tuple[float, ...] = ()
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    residual: bool = False
     yardsticks: dict[str, float] = field(default_factory=dict)
     source: str = ""
     fingerprint: str = ""

@@ -315,7 +315,7 @@ def _open_series(arrays: dict[str, Any], path: Path, frames: int, about: dict[st
     channels = len(arrays)
     return VisionData(
         task="operator", train=train, tests={size_in_words(test.grid): test}, channels=channels, outputs=channels,
-        yardsticks=yardsticks, **statistics, **about,
+        residual=True, yardsticks=yardsticks, **statistics, **about,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class VisionConfig:
         decoder: Channels of the pyramid decoder of "segment" and "operator".
         mean, std: Subtracted from and divided by every channel of the input; one number per channel, or none for 0, 1.
         target_mean, target_std: The same of the targets of an operator, whose outputs are scaled back.
+        residual: An operator's outputs are changes of its inputs, which have as many channels.
         ignore: A label that stands for none: such pixels or images count in no loss.
     """
 
@@ -69,6 +70,7 @@ class VisionConfig:
     std: tuple[float, ...] = ()
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    residual: bool = False
     ignore: int = -1
 
     def __post_init__(self) -> None:
@@ -104,6 +106,11 @@ class VisionConfig:
                 raise ValueError(f"{name} needs one number for each of {count} channels, got {len(given)}")
             if name.endswith("std") and any(not value > 0 for value in given):
                 raise ValueError(f"{name} must be positive, got {given}")
+        if self.residual and (self.task != "operator" or self.channels != self.outputs):
+            raise ValueError(
+                f"residual=True adds the input to the output of an operator: task is {self.task!r}, channels "
+                f"{self.channels} and outputs {self.outputs} must be equal"
+            )
         self._check_attention()
 
     def _check_attention(self) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield.models.seeding import seeded
-from farfield.models.vision.backbone import Backbone
+from farfield.models.vision.backbone import Backbone, hide
 from farfield.models.vision.config import VisionConfig
 from farfield.models.vision.heads import Classifier, Operator, Segmenter
 
@@ -82,7 +82,8 @@ class VisionModel(nn.Module):
         if self.config.task != "operator":
             return out
         shape = (-1, *(1,) * self.config.dims)
-        return out * self.target_std.view(shape) + self.target_mean.view(shape)
+        base = hide(x, mask) if self.config.residual else self.target_mean.view(shape)
+        return out * self.target_std.view(shape) + base
 
     def loss(self, batch: Examples) -> Tensor:
         """The loss of a batch: cross-entropy in nats, or the mean relative L2 error of an operator's outputs."""
