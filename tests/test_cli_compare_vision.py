@@ -57,7 +57,7 @@ def test_images_by_class_are_compared_and_resumed(tmp_path: Path, invoke: Callab
     (root / "reds" / "broken.png").write_bytes(encoded(picture((200, 40, 40), (64, 64)))[:200])
     (root / "blues" / "notes.txt").write_text("no image")
     out = tmp_path / "out"
-    command = ["compare", root, *TINY, *TWO, "--steps", 4, "--patch", 1, "--cost-budget", "1s", "--out", out,
+    command = ["compare", root, *TINY, *TWO, "--steps", 4, "--cost-budget", "0.2s", "--out", out,
                "--test-sizes", "14,20x18"]  # fmt: skip
     done = subprocess.run([*PROGRAM, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
