@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,34 @@ import torch
 
 from farfield import recipes
 from farfield.bench import cost as layer_cost
+from farfield.bench import runs
 from farfield.bench.machine import describe_machine
 from farfield.bench.memory import PeakMemory, is_out_of_memory
 from farfield.bench.pictures import pictures
+from farfield.bench.runs import Failure, Stopped, Watcher, make_runs, mixed_machines, read_json, run_file, thin
 from farfield.data.text import Corpus, Split
 from farfield.models.language import LanguageConfig, LanguageModel
 from farfield.training.evaluate import evaluate
 from farfield.training.files import write_json
-from farfield.training.loop import Progress, TrainConfig, Trainer
+from farfield.training.loop import TrainConfig, Trainer
+
+__all__ = [
+    "COST_FORMAT",
+    "RESULTS_FORMAT",
+    "RUN_FORMAT",
+    "Failure",
+    "Outcome",
+    "RunResult",
+    "Settings",
+    "Watcher",
+    "check_folder",
+    "compare",
+    "describe_text",
+    "mixed_machines",
+    "run_file",
+    "run_key",
+    "thin",
+]
 
 RUN_FORMAT = "farfield-run/1"
 COST_FORMAT = "farfield-cost/1"
@@ -38,7 +57,6 @@ LEAST_WINDOWS = 8
 """Held-out windows that are read at least, where the text has them: fewer give no useful standard error."""
 MOST_WINDOWS = 256
 """Held-out windows that are read at most: with a short context, more would take longer than training."""
-_CURVE_POINTS = 240
 _SIMPLE_BYTES = 4_000_000
 """Held-out bytes that simple coders are measured on at most."""
 
@@ -187,6 +205,11 @@ class RunResult:
     key: Mapping[str, Any]
     machine: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def score(self) -> float:
+        """What the run is judged by: the held-out bits per byte."""
+        return self.bits
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunResult:
         """The inverse of ``dataclasses.asdict`` through JSON.
@@ -209,15 +232,6 @@ class RunResult:
             key=dict(values["key"]),
             machine=dict(values.get("machine", {})),
         )
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that could not be finished, and why."""
-
-    attention: str
-    seed: int
-    reason: str
 
 
 @dataclass
@@ -247,32 +261,6 @@ class Outcome:
     interrupted: bool = False
     unfinished: tuple[str, int] | None = None
     command: str = ""
-
-
-class Watcher:
-    """What a display may listen to; does nothing by itself."""
-
-    def on_begin(self, attention: str, seed: int, number: int, total: int) -> None:
-        """A run begins: the ``number``-th of ``total``."""
-
-    def on_step(self, progress: Progress, fraction: float) -> None:
-        """A step is done; ``fraction`` of the run's budget is spent."""
-
-    def on_window(self, done: int, total: int) -> None:
-        """A held-out window is read."""
-
-    def on_run(self, run: RunResult, reused: bool) -> None:
-        """A run is finished, or was found finished."""
-
-    def on_failure(self, failure: Failure) -> None:
-        """A run could not be finished."""
-
-    def on_cost(self, point: layer_cost.CostPoint) -> None:
-        """One attention's layer was measured at one length."""
-
-
-class _Stopped(Exception):
-    """The user asked to stop in the middle of a run."""
 
 
 def describe_text(corpus: Corpus, split: Split) -> dict[str, Any]:
@@ -319,91 +307,19 @@ def run_key(
     return read_back
 
 
-_MACHINE = ("processor", "cores", "threads", "torch")
-"""What of a machine is kept with each run: bits of equal seeds differ a little between these."""
-
-
-def mixed_machines(runs: Sequence[RunResult]) -> list[str]:
-    """A note when the runs were made by different machines, numbers of threads, or versions of torch."""
-    known = [run.machine for run in runs if run.machine]
-    mixed = []
-    for name in _MACHINE:
-        values = sorted({str(machine.get(name)) for machine in known})
-        if len(values) > 1:
-            mixed.append(f"{name} {' and '.join(values)}")
-    if not mixed:
-        return []
-    return [
-        f"The runs were not all made alike ({'; '.join(mixed)}): times do not compare, and bits may differ a little."
-    ]
-
-
-def run_file(folder: Path, attention: str, seed: int) -> Path:
-    """Where a run's numbers lie."""
-    return folder / "runs" / f"{attention}-seed{seed}.json"
-
-
 def check_folder(
     folder: Path, settings: Settings, fingerprint: str, machine: Mapping[str, Any], resume: bool
 ) -> dict[tuple[str, int], RunResult]:
-    """What ``folder`` holds already. Writes nothing.
-
-    Returns:
-        The finished runs that belong to the plan; empty without ``resume``.
-
-    Raises:
-        ValueError: when the folder is a file, holds runs with other settings, damaged or foreign files under the names
-            that would be written, or, without ``resume``, any finished run.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give --out a new or an earlier folder of farfield compare")
-    results = folder / "results.json"
-    if results.exists() and _read_json(results).get("format") != RESULTS_FORMAT:
-        raise ValueError(f"{results} is not from farfield compare and would be overwritten; give another --out")
-    found: dict[tuple[str, int], RunResult] = {}
-    for path in sorted((folder / "runs").glob("*.json")):
-        values = _read_json(path)
-        try:
-            if values.get("format") != RUN_FORMAT:
-                raise ValueError("another format")
-            run = RunResult.from_json(values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is not a finished run of farfield compare ({error}); delete it or give another --out"
-            ) from error
-        wanted = run_key(settings, run.attention, run.seed, fingerprint, machine)
-        ignored = set() if resume else {"processor", "threads"}
-        different = [
-            f"{name} {_show(run.key.get(name))} there, {_show(wanted.get(name))} now"
-            for name in dict.fromkeys([*wanted, *run.key])
-            if name not in ignored and run.key.get(name) != wanted.get(name)
-        ]
-        if different:
-            verb = "cannot resume" if resume else "will not overwrite"
-            raise ValueError(
-                f"{verb} {folder}: {path.name} has other settings ({'; '.join(different)}); give another --out"
-            )
-        found[run.attention, run.seed] = run
-    if found and not resume:
-        raise ValueError(
-            f"{folder} holds {len(found)} finished run{'s' * (len(found) != 1)} with these settings; add --resume to "
-            "keep them and make what is missing, or give another --out"
-        )
-    return {place: found[place] for place in settings.plan if place in found}
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path} ({error}); delete it or give another --out") from error
-    return values if isinstance(values, dict) else {}
+    """What ``folder`` holds already, see :func:`farfield.bench.runs.check_folder`."""
+    return runs.check_folder(
+        folder,
+        settings.plan,
+        key_of=lambda attention, seed: run_key(settings, attention, seed, fingerprint, machine),
+        read=RunResult.from_json,
+        run_format=RUN_FORMAT,
+        results_format=RESULTS_FORMAT,
+        resume=resume,
+    )
 
 
 def compare(
@@ -444,37 +360,26 @@ def compare(
     outcome = Outcome(settings, describe_text(corpus, split), machine, notes=pictures(settings)[1])
     if before_first_run is not None:
         before_first_run()
-    warm: set[str] = set()
-    for number, (attention, seed) in enumerate(settings.plan, 1):
-        if (attention, seed) in finished:
-            outcome.runs.append(finished[attention, seed])
-            watcher.on_run(finished[attention, seed], True)
-            continue
-        if stop():
-            outcome.interrupted = True
-            break
-        watcher.on_begin(attention, seed, number, len(settings.plan))
-        key = run_key(settings, attention, seed, corpus.fingerprint, machine)
-        try:
-            if attention not in warm:
-                _warm_up(settings, attention, split.train)
-                warm.add(attention)
-            run = _one_run(settings, attention, seed, split, key, watcher, stop)
-            run = dataclasses.replace(run, machine={name: machine[name] for name in _MACHINE})
-        except _Stopped:
-            outcome.interrupted = True
-            outcome.unfinished = (attention, seed)
-            break
-        except (FloatingPointError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, FloatingPointError) and not is_out_of_memory(error):
-                raise
-            reason = str(error) if isinstance(error, FloatingPointError) else "ran out of memory"
-            outcome.failures.append(Failure(attention, seed, reason.splitlines()[0]))
-            watcher.on_failure(outcome.failures[-1])
-            continue
-        write_json(run_file(folder, attention, seed), {"format": RUN_FORMAT, **dataclasses.asdict(run)})
-        outcome.runs.append(run)
-        watcher.on_run(run, False)
+    make_runs(
+        settings.plan,
+        finished,
+        outcome,
+        folder,
+        one_run=lambda attention, seed: _one_run(
+            settings,
+            attention,
+            seed,
+            split,
+            run_key(settings, attention, seed, corpus.fingerprint, machine),
+            watcher,
+            stop,
+        ),
+        warm_up=lambda attention: _warm_up(settings, attention, split.train),
+        run_format=RUN_FORMAT,
+        machine=machine,
+        watcher=watcher,
+        stop=stop,
+    )
     outcome.notes += mixed_machines(outcome.runs)
     if settings.cost_seconds is not None and not outcome.interrupted:
         try:
@@ -512,13 +417,13 @@ def _one_run(
         trainer = Trainer(model, split.train, settings.train_config(seed))
         history = trainer.run(on_progress=lambda p: watcher.on_step(p, trainer.fraction), should_stop=stop)
         if not trainer.done:
-            raise _Stopped
+            raise Stopped
 
     def on_window(done: int, total: int) -> None:
         if done:
             watcher.on_window(done, total)
         if done < total and stop():
-            raise _Stopped
+            raise Stopped
 
     result = evaluate(
         model,
@@ -545,13 +450,6 @@ def _one_run(
     )
 
 
-def thin(history: Sequence[Progress], points: int = _CURVE_POINTS) -> list[tuple[int, float, float]]:
-    """(step, seconds, mean bits) over at most ``points`` equal runs of steps."""
-    size = max(1, math.ceil(len(history) / points))
-    groups = [history[i : i + size] for i in range(0, len(history), size)]
-    return [(g[-1].step, g[-1].seconds, float(np.mean([p.train_bits for p in g]))) for g in groups]
-
-
 def _cost(
     settings: Settings,
     folder: Path,
@@ -573,7 +471,7 @@ def _cost(
     key = json.loads(json.dumps(key))  # as the file gives it: lists for tuples
     path = folder / "cost.json"
     if resume and path.exists():
-        values = _read_json(path)
+        values = read_json(path)
         if values.get("format") == COST_FORMAT and values.get("key") == key:
             cost = layer_cost.Cost.from_json(values["cost"])
             for point in cost.points:

@@ -185,8 +185,8 @@ def position_figure(summaries: Sequence[Summary], style: Looks) -> Figure:
         return figure
 
 
-def cost_figure(cost: Cost, style: Looks) -> Figure:
-    """Time and memory of one layer by length, both axes logarithmic."""
+def cost_figure(cost: Cost, style: Looks, lengths_of: str = "") -> Figure:
+    """Time and memory by length, both axes logarithmic: of one layer, or of what ``lengths_of`` are lengths of."""
     names = list(dict.fromkeys(point.attention for point in cost.points))
     measured = any(point.memory is not None for point in cost.points)
     with rc_context(STYLE):
@@ -210,13 +210,13 @@ def cost_figure(cost: Cost, style: Looks) -> Figure:
             if measured:
                 memory = [(p.length, p.memory / 2**20) for p in points if p.memory]
                 panels[1].plot([a for a, _ in memory], [b for _, b in memory], linewidth=1.8, **look)
-        panels[0].set_ylabel("seconds for one sequence")
+        panels[0].set_ylabel("seconds" if lengths_of else "seconds for one sequence")
         if measured:
             panels[1].set_ylabel("peak memory in MiB")
         for axes in panels:
             amount_axis(axes)
             length_axis(axes, [p.length for p in cost.points])
-            axes.set_xlabel("length in tokens")
+            axes.set_xlabel(lengths_of or "length in tokens")
             tidy(axes)
         kinds = [
             Line2D([], [], color=INK, linewidth=1.8, label="forward and backward"),

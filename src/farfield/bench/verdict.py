@@ -16,14 +16,86 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any, Protocol
 
 from farfield.bench.compare import Outcome, RunResult
 
 CLEAR_ERRORS = 2.0
 """Standard errors from which a difference between two single runs counts."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What runs are judged by, and how it is said.
+
+    Attributes:
+        noun: such as "bits per byte".
+        higher: whether more is better.
+        number: a score in figures, such as "2.345" or "61.25 %".
+        gap: a difference of scores in figures, such as "0.012" or "1.20 points".
+        gap_noun: what the gap is of, after the figures.
+        better, worse: the words for a better and a worse score, such as "fewer" and "more".
+        most: the best score of several in words, such as "the fewest bits per byte".
+        unit: what a single run is tested on, several of which give a standard error: "window", "example".
+    """
+
+    noun: str
+    higher: bool
+    number: Callable[[float], str]
+    gap: Callable[[float], str]
+    gap_noun: str
+    better: str
+    worse: str
+    most: str
+    unit: str
+
+
+BITS = Measure(
+    noun="bits per byte",
+    higher=False,
+    number=lambda value: f"{value:.3f}",
+    gap=lambda value: f"{value:.3f}",
+    gap_noun="bits per byte",
+    better="fewer",
+    worse="more",
+    most="the fewest bits per byte",
+    unit="window",
+)
+
+
+class Scored(Protocol):
+    """A run, as far as a verdict looks at it."""
+
+    @property
+    def attention(self) -> str:
+        """Name of the recipe."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Runs of one seed saw the same data in the same order."""
+        ...
+
+    @property
+    def score(self) -> float:
+        """What it is judged by."""
+        ...
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All runs of one attention: the mean score, and how fast it trains (in whatever unit, equal for all)."""
+
+    attention: str
+    score: float
+    speed: float
+
+
+Tests = Callable[[Any, Any], "tuple[int, float]"]
+"""(number of paired tests, standard error of the difference of scores) of two runs of one seed."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +126,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Pair:
-    """How much worse ``other`` is than ``best``, in bits per byte, and the yardstick it is held against.
+    """How much worse ``other`` is than ``best``, in bits per byte or another measure, and what it is held against.
 
     ``clear`` is true when ``best`` is better by more than the yardstick.
     """
@@ -119,7 +191,7 @@ def summarise(runs: Sequence[RunResult]) -> list[Summary]:
     return result
 
 
-def shared_seeds(runs: Sequence[RunResult]) -> list[int]:
+def shared_seeds(runs: Sequence[Scored]) -> list[int]:
     """The seeds that every attention among ``runs`` has finished."""
     grouped: dict[str, set[int]] = {}
     for run in runs:
@@ -134,28 +206,75 @@ def ranked(runs: Sequence[RunResult]) -> list[Summary]:
     return sorted(summarise(runs), key=lambda s: counted[s.attention])
 
 
-def compare_pair(best: Sequence[RunResult], other: Sequence[RunResult]) -> Pair:
-    """Holds ``other`` against ``best`` on the seeds that both have finished; unpaired if they share none."""
+def compare_pair(
+    best: Sequence[Any], other: Sequence[Any], measure: Measure = BITS, tests: Tests | None = None
+) -> Pair:
+    """Holds ``other`` against ``best`` on the seeds that both have finished; unpaired if they share none.
+
+    Args:
+        best, other: runs of one attention each.
+        measure: what they are judged by.
+        tests: gives the standard error of two single runs; by default that of the windows of text.
+    """
     names = best[0].attention, other[0].attention
     left = {run.seed: run for run in best}
     right = {run.seed: run for run in other}
     shared = sorted(left.keys() & right.keys())
     if shared:
         best, other = [left[s] for s in shared], [right[s] for s in shared]
-    difference = statistics.fmean(r.bits for r in other) - statistics.fmean(r.bits for r in best)
+    difference = statistics.fmean(r.score for r in other) - statistics.fmean(r.score for r in best)
+    if measure.higher:
+        difference = -difference
     if len(best) > 1 and len(other) > 1:
         yardstick = max(_range(best), _range(other))
         return Pair(*names, difference, yardstick, "the spread of the runs", difference > yardstick)
-    windows = [b - a for s in shared for a, b in zip(left[s].windows, right[s].windows, strict=True)]
-    if len(windows) < 2:
-        return Pair(*names, difference, None, "one held-out window" if shared else "no shared seed", False)
-    error = statistics.stdev(windows) / math.sqrt(len(windows))
+    if not shared:
+        return Pair(*names, difference, None, "no shared seed", False)
+    count, error = (tests or _window_error)(left[shared[0]], right[shared[0]])
+    if count < 2:
+        return Pair(*names, difference, None, f"one held-out {measure.unit}", False)
     yardstick = CLEAR_ERRORS * error
-    return Pair(*names, difference, yardstick, "twice the standard error over windows", difference > yardstick)
+    said = f"twice the standard error over {measure.unit}s"
+    return Pair(*names, difference, yardstick, said, difference > yardstick)
 
 
-def _range(runs: Sequence[RunResult]) -> float:
-    return max(run.bits for run in runs) - min(run.bits for run in runs)
+def _window_error(left: RunResult, right: RunResult) -> tuple[int, float]:
+    windows = [b - a for a, b in zip(left.windows, right.windows, strict=True)]
+    if len(windows) < 2:
+        return len(windows), math.nan
+    return len(windows), statistics.stdev(windows) / math.sqrt(len(windows))
+
+
+def _range(runs: Sequence[Scored]) -> float:
+    return max(run.score for run in runs) - min(run.score for run in runs)
+
+
+def decide(
+    runs: Sequence[Any],
+    standings: Sequence[Standing],
+    where: str,
+    shared: bool,
+    measure: Measure = BITS,
+    tests: Tests | None = None,
+) -> tuple[str, tuple[str, ...], tuple[Pair, ...]]:
+    """The headline, further sentences, and the pairs on which they rest.
+
+    Args:
+        runs: those that count.
+        standings: of their attentions, best first.
+        where: for what data and budget, in words.
+        shared: whether they share a seed.
+        measure: what they are judged by.
+        tests: see :func:`compare_pair`.
+    """
+    members = {s.attention: [run for run in runs if run.attention == s.attention] for s in standings}
+    table = {  # better, worse
+        (a, b): compare_pair(members[a], members[b], measure, tests) for a, b in combinations(members, 2)
+    }
+    pairs = [table[standings[0].attention, s.attention] for s in standings[1:]]
+    headline, further = _headline(standings, table, where, shared, measure)
+    pairs += further
+    return headline, tuple(pair_sentence(pair, measure) for pair in pairs), tuple(pairs)
 
 
 def judge(
@@ -185,33 +304,33 @@ def judge(
     missing = [name for name in wanted if name not in {s.attention for s in summaries}]
     if not summaries:
         return Verdict(None, "No run was finished, so there is nothing to compare.")
-    top = summaries[0]
-    members = {s.attention: [run for run in counted if run.attention == s.attention] for s in summaries}
-    table = {(a, b): compare_pair(members[a], members[b]) for a, b in combinations(members, 2)}  # better, worse
-    pairs = [table[top.attention, s.attention] for s in summaries[1:]]
-    headline, further = _headline(summaries, table, f"this text, context {context:,} and {budget}", bool(seeds))
-    pairs += further
+    headline, details, pairs = decide(
+        counted,
+        [Standing(s.attention, s.bits, s.tokens_per_second) for s in summaries],
+        f"this text, context {context:,} and {budget}",
+        bool(seeds),
+    )
     return Verdict(
-        top.attention,
+        summaries[0].attention,
         headline,
-        tuple(pair_sentence(pair) for pair in pairs),
+        details,
         tuple(_warnings(runs, seeds, summaries, train_bytes, yardsticks, interrupted, missing)),
-        tuple(pairs),
+        pairs,
     )
 
 
 def _headline(
-    summaries: Sequence[Summary], table: Mapping[tuple[str, str], Pair], where: str, shared: bool
+    summaries: Sequence[Standing], table: Mapping[tuple[str, str], Pair], where: str, shared: bool, measure: Measure
 ) -> tuple[str, list[Pair]]:
     """The sentence, and the pairs without the best on which it rests. ``table`` has (better, worse) attentions."""
     top = summaries[0]
     others = [s.attention for s in summaries[1:]]
     if not others:
-        return f"Only {top.attention} was measured for {where}: {top.bits:.3f} bits per byte.", []
+        return f"Only {top.attention} was measured for {where}: {measure.number(top.score)} {measure.noun}.", []
     if not shared:
         return (
             f"For {where}, no seed was finished with every attention, so the runs do not compare; "
-            f"{top.attention} has the fewest bits per byte in its own ({top.bits:.3f}).",
+            f"{top.attention} has {measure.most} in its own ({measure.number(top.score)}).",
             [],
         )
     tied = [top.attention, *(name for name in others if not table[top.attention, name].clear)]
@@ -219,11 +338,11 @@ def _headline(
         second = summaries[1]
         lead = table[top.attention, second.attention].difference
         return (
-            f"Take {top.attention} for {where}: {top.bits:.3f} bits per byte, "
-            f"{lead:.3f} fewer than {second.attention} ({second.bits:.3f}).",
+            f"Take {top.attention} for {where}: {measure.number(top.score)} {measure.noun}, "
+            f"{measure.gap(lead)} {measure.better} than {second.attention} ({measure.number(second.score)}).",
             [],
         )
-    fastest = max((s for s in summaries if s.attention in tied), key=lambda s: s.tokens_per_second)
+    fastest = max((s for s in summaries if s.attention in tied), key=lambda s: s.speed)
     if len(tied) == 2:
         said = f"For {where}, {_names(tied)} are too close to tell apart"
     else:  # each was held against the best only
@@ -264,15 +383,16 @@ def yardsticks_of(outcome: Outcome) -> dict[str, float]:
     return {"zlib": outcome.text["zlib_bits"], "byte frequencies": outcome.text["byte_frequencies_bits"]}
 
 
-def pair_sentence(pair: Pair) -> str:
+def pair_sentence(pair: Pair, measure: Measure = BITS) -> str:
     """Who is better than whom, by how much, and whether that is clear."""
-    amount = f"{abs(pair.difference):.3f} bits per byte {'more' if pair.difference < 0 else 'fewer'}"
+    amount = f"{measure.gap(abs(pair.difference))} {measure.gap_noun} "
+    amount += measure.worse if pair.difference < 0 else measure.better
     said = f"{pair.best} against {pair.other}: {amount}"
     if pair.yardstick is None:
         return f"{said}; {pair.kind} gives no yardstick for that."
     word = "larger" if pair.clear else "not larger"
     verdict = "clear" if pair.clear else "too small to tell"
-    return f"{said}, {word} than {pair.kind} ({pair.yardstick:.3f}): {verdict}."
+    return f"{said}, {word} than {pair.kind} ({measure.gap(pair.yardstick)}): {verdict}."
 
 
 def _warnings(

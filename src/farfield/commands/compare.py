@@ -1,4 +1,4 @@
-"""``farfield compare``: which attention for my text, on my machine?"""
+"""``farfield compare``: which attention for my text, images or fields, on my machine?"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farfield.commands.display import Told, display
 from farfield.commands.errors import FAILED, INTERRUPTED
 from farfield.commands.interrupt import Interruption
 from farfield.commands.options import device_option, duration, duration_option, in_words, probe, recipe_options
@@ -18,26 +19,34 @@ from farfield.commands.options import device_option, duration, duration_option, 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from farfield.bench.compare import Failure, Outcome, RunResult, Settings, Watcher
-    from farfield.bench.cost import CostPoint
-    from farfield.training.loop import Progress as Step
+    from farfield.bench.compare import Outcome, Settings
 
 __all__ = ["compare_command"]
 
 _DEFAULT_BUDGET = 60.0
-_PLAIN_PARTS = 4
-"""Without a terminal a line is printed whenever another quarter of a run is done."""
+_TEXT_ONLY = ("context", "dim", "depth", "heads", "eval_tokens")
+_VISION_ONLY = (
+    "size", "image_size", "test_sizes", "variables", "frames", "widths", "depths", "head_dim", "patch", "position",
+    "examples", "workers",
+)  # fmt: skip
+_KINDS = ("auto", "text", "images", "fields")
 
 
 def compare_command(
+    ctx: typer.Context,
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH]...", help="Files, folders, globs. Default: Python's standard library."),
+        typer.Argument(
+            metavar="[PATH]...",
+            help="Text: files, folders, globs. Images: a folder with one folder per class, or .npz. Fields: .npz, .nc. "
+            "Default: Python's standard library.",
+        ),
     ] = None,
     attention: Annotated[
         str, typer.Option(metavar="NAME,NAME", help="Recipes, see `farfield recipes`.")
     ] = "dense,window,fma",
-    context: Annotated[int, typer.Option(min=1, help="Bytes seen at once.")] = 4096,
+    kind: Annotated[str, typer.Option(metavar="KIND", help="What PATH holds: auto, text, images or fields.")] = "auto",
+    context: Annotated[int, typer.Option(min=1, help="Text: bytes seen at once.")] = 4096,
     budget: Annotated[
         float | None,
         typer.Option(parser=duration_option, metavar="TIME", help="Training time of each run: 60s, 2m. [default: 60s]"),
@@ -49,28 +58,72 @@ def compare_command(
         Path | None, typer.Option("--out", "-o", help="Folder of the report. [default: runs/compare-DATE-TIME]")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the finished runs in --out, make the others.")] = False,
-    dim: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 128,
-    depth: Annotated[int, typer.Option(min=1, help="Layers.")] = 4,
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
-    block: Annotated[int, typer.Option(min=1, help="Leaf block, for the recipes that have one.")] = 64,
-    rank: Annotated[int, typer.Option(min=1, help="Summaries per group, for the recipes that have them.")] = 8,
+    dim: Annotated[int, typer.Option(min=1, help="Text: width of the model.")] = 128,
+    depth: Annotated[int, typer.Option(min=1, help="Text: layers.")] = 4,
+    heads: Annotated[int, typer.Option(min=1, help="Text: attention heads.")] = 4,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Leaf block (per axis), for the recipes that have one. [default: text 64, images and fields 4]"
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Summaries per group (per axis), for the recipes that have them. [default: 8; 2; in 3-D 1]"
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
             "--option", metavar="NAME=VALUE", help="Another option, for the recipes that have it; repeatable."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Examples per step. [default: text 1, images by class 32, others 8]")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    eval_tokens: Annotated[int, typer.Option(min=1, help="Held-out bytes to predict.")] = 98304,
+    eval_tokens: Annotated[int, typer.Option(min=1, help="Text: held-out bytes to predict.")] = 98304,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Measure one layer by length, too.")] = True,
     cost_budget: Annotated[str, typer.Option(metavar="TIME", help="Time for measuring one layer by length.")] = "45s",
+    size: Annotated[
+        str, typer.Option(metavar="NAME", help="Images, fields: tiny, small, base, vit-tiny, vit-small, vit-base.")
+    ] = "tiny",
+    image_size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Images: size to train at. Single fields: size of the crops.")
+    ] = None,
+    test_sizes: Annotated[str | None, typer.Option(metavar="HxW,HxW", help="Images: further sizes to test at.")] = None,
+    variables: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Fields: which arrays.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Fields in time: frames read and predicted at once; above 1 in 3-D.")
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Images, fields: instead of those of --size.")
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Images, fields: instead of those of --size.")
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="Images, fields: instead of that of --size.")] = None,
+    patch: Annotated[
+        str | None, typer.Option(metavar="N", help="Images, fields: pixels of a token, such as 4 or 1x4x4.")
+    ] = None,
+    position: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Images, fields: none, conv, waves or table.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Images, fields: held-out examples to test on at most.")] = 1000,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Images, fields: processes that read ahead. [default: images 1, fields 0]")
+    ] = None,
 ) -> None:
-    """Train the same small language model once per attention, and say which suits this text.
+    """Train the same small model once per attention, and say which suits this text, these images or these fields.
 
-    Whole files are held out where there are several. Exact copies of a file are left out, near copies are not: text
-    that repeats with small changes can stand on both sides.
+    What PATH holds decides: text is predicted byte by byte; of a folder of images by class, or an .npz file of encoded
+    images with labels or masks, the classes; of pairs, series and single fields in .npz or .nc files, the output, what
+    comes next, what is hidden. Images that cannot be read are named and left out.
+
+    Whole files of text are held out where there are several. Exact copies of a file are left out, near copies are not:
+    text that repeats with small changes can stand on both sides.
 
     Writes DIR/report.html (plots, numbers, answer; one file that needs no network), DIR/results.json and
     DIR/runs/*.json. Ctrl-C reports what is finished and exits with 130; --resume makes what is missing.
@@ -79,6 +132,45 @@ def compare_command(
         raise ValueError(f"--budget {in_words(budget)} and --steps {steps} exclude each other; give one of them")
     if resume and out is None:
         raise ValueError("--resume needs the folder to go on with; add --out DIR")
+    kind = _kind(kind, paths or [])
+    _refuse_foreign(ctx, kind)
+    folder = out if out is not None else Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
+    if kind != "text":
+        from farfield.bench.vision import VisionSettings
+        from farfield.commands.compare_vision import compare_images_or_fields, open_data
+
+        given = [Path(path) for path in paths or []]
+        data = open_data(kind, given, size=image_size, test_sizes=test_sizes, variables=variables, frames=frames)
+        small = data.dims == 2
+        defaults = {"block": 4, "rank": 2 if small else 1}
+        asked = {name: value for name, value in (("block", block), ("rank", rank)) if value is not None}
+        vision = VisionSettings(
+            attentions=tuple(name.strip() for name in attention.split(",") if name.strip()),
+            size=size,
+            seconds=None if steps is not None else budget if budget is not None else _DEFAULT_BUDGET,
+            steps=steps,
+            seeds=seeds,
+            first_seed=seed,
+            widths=_numbers("widths", widths, ","),
+            depths=_numbers("depths", depths, ","),
+            head_dim=head_dim,
+            patch=_patch(patch),
+            position=position,
+            options={**defaults, **asked, **recipe_options(option or [])},
+            batch=batch,
+            lr=lr,
+            examples=examples,
+            workers=workers,
+            device=device_option(device),
+            cost_seconds=duration(cost_budget) if cost else None,
+        )
+        about: list[str] = [*(paths or []), "--kind", kind]
+        for name, value in (
+            ("image-size", image_size), ("test-sizes", test_sizes), ("variables", variables), ("frames", frames),
+        ):  # fmt: skip
+            about += [] if value is None else [f"--{name}", str(value)]
+        compare_images_or_fields(vision, data, about, folder, resume=resume)
+        return
     from rich.console import Console
     from rich.markup import escape
 
@@ -97,8 +189,8 @@ def compare_command(
         dim=dim,
         depth=depth,
         heads=heads,
-        options={"block": block, "rank": rank, **recipe_options(option or [])},
-        batch=batch,
+        options={"block": block or 64, "rank": rank or 8, **recipe_options(option or [])},
+        batch=batch or 1,
         lr=lr,
         eval_tokens=eval_tokens,
         device=device_option(device),
@@ -106,22 +198,21 @@ def compare_command(
     )
     settings.validate()
     corpus = collect(paths)
-    folder = out if out is not None else Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
     console = Console(highlight=False)
-    display = _display(console, settings)
-    with Interruption() as stop, display:
+    screen = display(console, _told(settings))
+    with Interruption() as stop, screen:
         try:
             outcome = compare(
                 settings,
                 corpus,
                 folder,
                 resume=resume,
-                watcher=display,
+                watcher=screen,
                 should_stop=stop,
                 before_first_run=lambda: probe(folder),
             )
         except KeyboardInterrupt:
-            display.close()
+            screen.close()
             console.print(
                 f"stopped at once; finished runs are in {folder / 'runs'}, --resume goes on with them", soft_wrap=True
             )
@@ -135,6 +226,74 @@ def compare_command(
         raise typer.Exit(INTERRUPTED)
     if not outcome.runs:
         raise typer.Exit(FAILED)
+
+
+def _kind(kind: str, paths: Sequence[str]) -> str:
+    if kind not in _KINDS:
+        raise ValueError(f"--kind {kind!r} is not known; give one of {', '.join(_KINDS)}")
+    if kind == "auto":
+        from farfield.data.kinds import kind_of
+
+        return kind_of(paths)
+    if kind != "text" and not paths:
+        raise ValueError(f"--kind {kind} needs a PATH")
+    missing = [path for path in paths if kind != "text" and not Path(path).exists()]
+    if missing:
+        raise FileNotFoundError(f"no such file or folder: {missing[0]}")
+    return kind
+
+
+def _refuse_foreign(ctx: typer.Context, kind: str) -> None:
+    """An option of another kind of data does nothing, and what does nothing should not be taken."""
+    names = _VISION_ONLY if kind == "text" else _TEXT_ONLY
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    # By name: typer may bring its own copy of click, and so another class of the same values.
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        whose = "images and fields" if kind == "text" else "text"
+        raise ValueError(f"{option} is for {whose}; PATH holds {kind} (--kind says otherwise)")
+
+
+def _numbers(name: str, text: str | None, between: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    pieces = text.lower().split(between)
+    if not all(piece.strip().isdecimal() and int(piece) > 0 for piece in pieces):
+        raise ValueError(f"--{name} {text!r}: write whole numbers with {between!r} between them")
+    return tuple(int(piece) for piece in pieces)
+
+
+def _patch(text: str | None) -> int | tuple[int, ...] | None:
+    sides = _numbers("patch", text, "x")
+    return sides[0] if sides is not None and len(sides) == 1 else sides
+
+
+def _told(settings: Settings) -> Told:
+    def row(run: Any) -> tuple[str, ...]:
+        from farfield.bench.tables import bytes_in_words
+
+        speed = run.tokens / run.seconds if run.seconds > 0 else 0.0
+        return (f"{run.bits:.3f}", f"{run.steps:,}", f"{speed:,.0f}", bytes_in_words(run.peak_bytes))
+
+    def bits(step: Any) -> float:
+        value: float = step.train_bits
+        return value
+
+    return Told(
+        title=f"farfield compare: context {settings.context:,}, {settings.budget_in_words}",
+        seeds=settings.seeds,
+        columns=("held-out bits/byte", "steps", "tokens/s", "peak memory"),
+        row=row,
+        result=lambda run: f"{run.bits:.3f} held-out bits per byte",
+        loss=bits,
+        loss_name="train bits/byte",
+        rate=lambda speed: f"{speed:,.0f}",
+        rate_name="tokens/s",
+        tested="held-out window",
+        costed="one layer of",
+        cost_heading="cost of one layer by length",
+    )
 
 
 def _command_line(paths: Sequence[str], settings: Settings, folder: Path) -> str:
@@ -198,164 +357,3 @@ def _print_outcome(console: Console, outcome: Outcome, folder: Path) -> None:
             f"interrupted; the same command with --resume --out {escape(str(folder))} makes what is missing",
             soft_wrap=True,
         )
-
-
-class _State:
-    """What both displays show."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.heading = ""
-        self.fraction = 0.0
-        self.bits: float | None = None
-        self.line = ""
-
-    def begin(self, attention: str, seed: int, number: int, total: int) -> None:
-        self.heading = f"run {number} of {total}: {attention}" + (f", seed {seed}" if self.settings.seeds > 1 else "")
-        self.fraction, self.bits, self.line = 0.0, None, "warming up"
-
-    def step(self, progress: Step, fraction: float) -> None:
-        # A running mean: single windows of text differ far more than steps do.
-        self.bits = progress.train_bits if self.bits is None else 0.95 * self.bits + 0.05 * progress.train_bits
-        self.fraction = fraction
-        speed = progress.tokens / progress.seconds if progress.seconds > 0 else 0.0
-        left = in_words(progress.seconds * (1 - fraction) / fraction) if fraction > 0 else "?"
-        self.line = (
-            f"step {progress.step:,}  {in_words(progress.seconds)}  {self.bits:.3f} train bits/byte  "
-            f"{speed:,.0f} tokens/s  {left} left"
-        )
-
-
-def _display(console: Console, settings: Settings) -> Any:
-    """A watcher and context manager: live on a terminal, lines elsewhere."""
-    from farfield.bench.compare import Watcher
-
-    return _live(console, settings, Watcher) if console.is_terminal else _plain(console, settings, Watcher)
-
-
-def _plain(console: Console, settings: Settings, base: type[Watcher]) -> Any:
-    class Plain(base):  # type: ignore[misc, valid-type]
-        def __init__(self) -> None:
-            self.state = _State(settings)
-            self.parts = 0
-
-        def __enter__(self) -> Plain:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
-
-        def on_begin(self, attention: str, seed: int, number: int, total: int) -> None:
-            self.state.begin(attention, seed, number, total)
-            self.parts = 0
-            console.print(self.state.heading)
-
-        def on_step(self, progress: Step, fraction: float) -> None:
-            self.state.step(progress, fraction)
-            if int(fraction * _PLAIN_PARTS) > self.parts:
-                self.parts = int(fraction * _PLAIN_PARTS)
-                console.print(f"  {self.state.line}", soft_wrap=True)
-
-        def on_run(self, run: RunResult, reused: bool) -> None:
-            how = "found finished" if reused else f"{run.steps:,} steps in {in_words(run.seconds)}"
-            console.print(
-                f"  {run.attention}, seed {run.seed}: {run.bits:.3f} held-out bits per byte ({how})", soft_wrap=True
-            )
-
-        def on_failure(self, failure: Failure) -> None:
-            console.print(
-                f"  {failure.attention}, seed {failure.seed}, gave no result: {failure.reason}", soft_wrap=True
-            )
-
-        def on_cost(self, point: CostPoint) -> None:
-            console.print(
-                f"  one layer of {point.attention} at {point.length:,}: forward {point.forward:.4f} s, "
-                f"with backward {point.both:.4f} s",
-                soft_wrap=True,
-            )
-
-    return Plain()
-
-
-def _live(console: Console, settings: Settings, base: type[Watcher]) -> Any:
-    from rich.console import Group
-    from rich.live import Live
-    from rich.progress_bar import ProgressBar
-    from rich.spinner import Spinner
-    from rich.table import Table
-    from rich.text import Text
-
-    class Shown(base):  # type: ignore[misc, valid-type]
-        def __init__(self) -> None:
-            self.state = _State(settings)
-            self.rows: list[tuple[str, ...]] = []
-            self.spinner = Spinner("dots")
-            self.live: Live | None = None
-
-        def __enter__(self) -> Shown:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.close()
-
-        def close(self) -> None:
-            if self.live is not None:
-                self.live.stop()
-                self.live = None
-
-        def __rich__(self) -> Group:
-            table = Table(title=f"farfield compare: context {settings.context:,}, {settings.budget_in_words}",
-                          title_justify="left", title_style="bold")  # fmt: skip
-            for name in ("attention", "held-out bits/byte", "steps", "tokens/s", "peak memory"):
-                table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=True)
-            for row in self.rows:
-                table.add_row(*row)
-            head = Table.grid(padding=(0, 1))
-            head.add_row(self.spinner, Text(self.state.heading, style="bold"))
-            bar = Table.grid(padding=(0, 1))
-            bar.add_row(ProgressBar(total=1.0, completed=self.state.fraction, width=30), Text(self.state.line))
-            return Group(table, head, bar) if self.rows else Group(head, bar)
-
-        def _start(self) -> None:
-            # Only now: an error in the settings must leave nothing but its own line on the screen.
-            if self.live is None:
-                self.live = Live(self, console=console, refresh_per_second=8, transient=True)
-                self.live.start()
-
-        def on_begin(self, attention: str, seed: int, number: int, total: int) -> None:
-            self.state.begin(attention, seed, number, total)
-            self._start()
-
-        def on_step(self, progress: Step, fraction: float) -> None:
-            self.state.step(progress, fraction)
-
-        def on_window(self, done: int, total: int) -> None:
-            self.state.line = f"reading held-out window {done} of {total}"
-            self.state.fraction = done / total
-
-        def on_run(self, run: RunResult, reused: bool) -> None:
-            from farfield.bench.tables import bytes_in_words
-
-            name = (
-                run.attention
-                + (f", seed {run.seed}" if settings.seeds > 1 else "")
-                + (" (found finished)" if reused else "")
-            )
-            speed = run.tokens / run.seconds if run.seconds > 0 else 0.0
-            self.rows.append(
-                (name, f"{run.bits:.3f}", f"{run.steps:,}", f"{speed:,.0f}", bytes_in_words(run.peak_bytes))
-            )
-            self._start()
-
-        def on_failure(self, failure: Failure) -> None:
-            self.rows.append((f"{failure.attention}, seed {failure.seed}: {failure.reason}", "–", "–", "–", "–"))
-
-        def on_cost(self, point: CostPoint) -> None:
-            self.state.heading = "cost of one layer by length"
-            self.state.fraction = 1.0
-            self.state.line = f"{point.attention} at {point.length:,}: {point.both:.3f} s forward and backward"
-
-    return Shown()

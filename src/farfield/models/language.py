@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield import recipes
+from farfield.models.seeding import seeded
 from farfield.streaming import StackState, StreamState
 
 __all__ = ["LanguageConfig", "LanguageModel", "tuples"]
@@ -105,17 +105,17 @@ class LanguageModel(nn.Module):
                 f"causal ones are {causal}"
             )
         residual_std = 0.02 / math.sqrt(2 * config.depth)
-        with _seeded(seed, 0):
+        with seeded(seed, 0):
             self.embedding = nn.Embedding(config.vocab, config.dim)
             # Measured: 200 steps on 1,024 bytes reach 3.51 bits per byte with 1.0, 3.64 with 0.3, 3.66 with 0.02.
             nn.init.normal_(self.embedding.weight, std=1.0)
         blocks = []
         for layer in range(config.depth):
-            with _seeded(seed, 1 + layer):
+            with seeded(seed, 1 + layer):
                 blocks.append(_Block(config, layer, residual_std))
         self.blocks = nn.ModuleList(blocks)
         self.norm = _norm(config.dim)
-        with _seeded(seed, 1 + config.depth):
+        with seeded(seed, 1 + config.depth):
             self.head = nn.Linear(config.dim, config.vocab, bias=False)
             nn.init.normal_(self.head.weight, std=0.02)
 
@@ -234,18 +234,3 @@ def _norm(dim: int) -> nn.Module:
     # Without biases it learns as RMSNorm does, and on the CPU torch has one fused pass for it, forward and backward,
     # where RMSNorm is put together from six: a tenth of a whole step. SiLU above stands for GELU for the same reason.
     return nn.LayerNorm(dim, bias=False)
-
-
-class _seeded:
-    """A block whose random numbers on the CPU come from (seed, part) and leave the global state as it was."""
-
-    def __init__(self, seed: int, part: int) -> None:
-        # Knuth's multiplier spreads neighbouring seeds, so that part 1 of seed 0 is not part 0 of seed 1.
-        self.seed = (seed * 2654435761 + part) % 2**63
-
-    def __enter__(self) -> None:
-        self.saved = torch.get_rng_state()
-        torch.default_generator.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.saved)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Progress", "TrainConfig", "Trainer", "learning_rate_factor"]
+__all__ = ["Batches", "Progress", "TextWindows", "TrainConfig", "Trainer", "learning_rate_factor"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class TrainConfig:
     At least one of ``steps`` and ``seconds`` is given; with both, training ends at whichever comes first.
 
     Attributes:
-        context: Tokens that the model sees at once.
-        batch: Sequences per step.
+        context: Tokens that the model sees at once; the pixels of an image, the points of a grid.
+        batch: Sequences, images or grids per step.
         lr: Peak learning rate of AdamW.
         warmup: Part of the budget over which the rate rises linearly from 0.
         cooldown: Part of the budget, at its end, over which the rate falls linearly to 0; constant in between.
@@ -89,7 +90,7 @@ class Progress:
         step: Steps taken so far, from 1.
         seconds: Training time so far.
         tokens: Tokens predicted so far.
-        train_bits: Loss of this step's batch in bits per token.
+        train_bits: Loss of this step's batch in bits per token; its loss over ln 2 where that is no likelihood.
     """
 
     step: int
@@ -97,31 +98,76 @@ class Progress:
     tokens: int
     train_bits: float
 
+    @property
+    def loss(self) -> float:
+        """The loss as the model gave it: nats, or whatever its task measures."""
+        return self.train_bits * math.log(2)
+
+
+class Batches(Protocol):
+    """Where training batches come from."""
+
+    def stream(self, first: int) -> Iterator[Any]:
+        """The batches of steps ``first``, ``first + 1``, ... without end: tensors, or anything with a method ``to``.
+
+        Each depends on its step alone, so that a run that is resumed reads what it would have read.
+        """
+        ...
+
+
+class TextWindows:
+    """Windows drawn at random from one array of bytes.
+
+    Args:
+        train: One-dimensional integer array longer than ``context``.
+        context, batch, seed: As in `TrainConfig`.
+
+    Raises:
+        ValueError: If the text is shorter than ``context + 1``.
+    """
+
+    def __init__(self, train: npt.NDArray[np.uint8], context: int, batch: int, seed: int) -> None:
+        if train.ndim != 1:
+            raise ValueError(f"train must be a one-dimensional array, got shape {train.shape}")
+        if len(train) < context + 1:
+            raise ValueError(
+                f"the training text has {len(train):,} bytes, context {context:,} needs at least "
+                f"{context + 1:,}: give more text or a shorter context"
+            )
+        self.train, self.window, self.rows, self.seed = train, context + 1, batch, seed
+
+    def batch(self, step: int) -> Tensor:
+        """The windows of one step, [batch, context + 1] int64, a function of the seed and the step alone."""
+        generator = np.random.default_rng((self.seed, step))
+        starts = generator.integers(0, len(self.train) - self.window, size=self.rows, endpoint=True)
+        windows = np.stack([self.train[start : start + self.window] for start in starts])
+        return torch.from_numpy(windows.astype(np.int64))
+
+    def stream(self, first: int) -> Iterator[Tensor]:
+        """See `Batches`."""
+        return map(self.batch, count(first))
+
 
 class Trainer:
-    """Trains one model on windows drawn at random from one array of bytes.
+    """Trains one model, on windows drawn at random from one array of bytes or on batches from elsewhere.
 
-    The windows of step s depend on (seed, s) only: the same for every attention, and the same after a resumption. With
+    The batch of step s depends on (seed, s) only: the same for every attention, and the same after a resumption. With
     ``steps`` alone, a run that is stopped and resumed ends with the very parameters of one that is not, on the same
     machine and number of threads.
 
     Args:
-        model: The model, on the device to train on, with a method ``loss(tokens) -> nats``.
-        train: Training bytes, a one-dimensional integer array longer than ``config.context``.
+        model: The model, on the device to train on, with a method ``loss(batch) -> scalar``.
+        train: Training bytes, a one-dimensional integer array longer than ``config.context``; or `Batches`, which draw
+            by a seed and in a number of their own.
         config: How to train.
 
     Raises:
         ValueError: If the training text is shorter than ``context + 1``.
     """
 
-    def __init__(self, model: nn.Module, train: npt.NDArray[np.uint8], config: TrainConfig) -> None:
-        if train.ndim != 1:
-            raise ValueError(f"train must be a one-dimensional array, got shape {train.shape}")
-        if len(train) < config.context + 1:
-            raise ValueError(
-                f"the training text has {len(train):,} bytes, context {config.context:,} needs at least "
-                f"{config.context + 1:,}: give more text or a shorter context"
-            )
+    def __init__(self, model: nn.Module, train: npt.NDArray[np.uint8] | Batches, config: TrainConfig) -> None:
+        if isinstance(train, np.ndarray):
+            train = TextWindows(train, config.context, config.batch, config.seed)
         self.model = model
         self.train = train
         self.config = config
@@ -184,20 +230,22 @@ class Trainer:
             FloatingPointError: If the loss is not finite; the parameters are then those before that step.
         """
         self.model.train()
-        while not self.done and not (should_stop is not None and should_stop()):
-            progress = self._take_step()
-            self.history.append(progress)
-            if on_progress is not None:
-                on_progress(progress)
+        batches = self.train.stream(self.step + 1)
+        try:
+            while not self.done and not (should_stop is not None and should_stop()):
+                progress = self._take_step(batches)
+                self.history.append(progress)
+                if on_progress is not None:
+                    on_progress(progress)
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:  # a generator: workers that read ahead end with it
+                close()
         return self.history
 
-    def batch(self, step: int) -> Tensor:
-        """The windows of one step, [batch, context + 1] int64, a function of the seed and the step alone."""
-        generator = np.random.default_rng((self.config.seed, step))
-        window = self.config.context + 1
-        starts = generator.integers(0, len(self.train) - window, size=self.config.batch, endpoint=True)
-        windows = np.stack([self.train[start : start + window] for start in starts])
-        return torch.from_numpy(windows.astype(np.int64)).to(self._device)
+    def batch(self, step: int) -> Any:
+        """The batch of one step, on the model's device."""
+        return next(self.train.stream(step)).to(self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumption needs, as flat named tensors.
@@ -248,13 +296,13 @@ class Trainer:
             Progress(int(step), seconds, int(tokens), bits) for step, seconds, tokens, bits in state["history"].tolist()
         ]
 
-    def _take_step(self) -> Progress:
+    def _take_step(self, batches: Iterator[Any]) -> Progress:
         started = time.perf_counter()
         step = self.step + 1
         rate = self.config.lr * learning_rate_factor(self._schedule_position(), self.config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        loss: Tensor = self.model.loss(self.batch(step))  # type: ignore[operator]
+        loss: Tensor = self.model.loss(next(batches).to(self._device))  # type: ignore[operator]
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
         value, length = loss.item(), norm.item()

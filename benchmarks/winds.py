@@ -1,0 +1,26 @@
+"""Monthly winds: the next month from one (2-D), or the next months from as many (3-D).
+
+    python benchmarks/winds.py navy_winds_monthly.npz.xz --frames 1 --steps 500 --out runs/winds
+    python benchmarks/winds.py navy_winds_monthly.npz.xz --frames 4 --rank 1 --steps 500 --out runs/winds4
+
+Finished runs in --out are kept. The yardsticks in results.json: the same month again, and the mean of training.
+"""
+
+from __future__ import annotations
+
+from vision import arguments, settings_of, study
+
+from farfield.data.grids import open_grids
+
+
+def main() -> None:
+    parser = arguments("the next months of the winds", 500, "dense,window,fma")
+    parser.add_argument("--frames", type=int, default=1)
+    parser.add_argument("--variables", default="uwnd,vwnd")
+    given = parser.parse_args()
+    data = open_grids(given.data, variables=given.variables.split(","), frames=given.frames)
+    study(settings_of(given), data, given.out)
+
+
+if __name__ == "__main__":
+    main()

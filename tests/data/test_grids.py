@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from farfield.data.arrays import read_arrays
+from farfield.data.examples import Batches, in_order
+from farfield.data.grids import open_grids
+from farfield.data.kinds import kind_of
+from support.vision_data import real
+
+
+def saved(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_pairs_with_other_resolutions(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random((10, 8, 6)) > 0.5, rng.random((10, 8, 6))
+    finer = rng.random((4, 16, 12))
+    path = saved(tmp_path / "a.npz", f_train_x=x, f_train_y=y, f_test_fine_x=finer, f_test_fine_y=finer,
+                 f_test_x=x[:3], f_test_y=y[:3])  # fmt: skip
+    assert kind_of([path]) == "fields"
+    data = open_grids([path])
+    assert {name: len(s) for name, s in data.tests.items()} == {"8x6": 3, "16x12": 4}
+    assert (data.channels, data.outputs, data.dims) == (1, 1, 2)
+    assert data.mean == (pytest.approx(float(x.mean())),)
+    assert data.target_std == (pytest.approx(float(y.std())),)
+    example = data.train.get(2)
+    assert np.array_equal(example.x[0], x[2].astype(np.float32))
+    assert np.array_equal(example.y[0], y[2].astype(np.float32))  # type: ignore[index]
+    guess = [np.linalg.norm(a - y.mean()) / np.linalg.norm(a) for a in y[:3]]
+    assert data.yardsticks["mean of the training outputs"] == pytest.approx(np.mean(guess), rel=1e-4)
+
+
+def test_pairs_alone_are_cut(tmp_path: Path) -> None:
+    x = np.arange(20, dtype=float)[:, None, None] * np.ones((1, 4, 4))
+    data = open_grids([saved(tmp_path / "a.npz", x=x, y=2 * x)], held_out=0.25)
+    held = data.tests["4x4"]
+    sides = [{float(s.get(i).x[0, 0, 0]) for i in range(len(s))} for s in (data.train, held)]
+    assert [len(side) for side in sides] == [15, 5]
+    assert sides[0] | sides[1] == set(range(20))
+
+
+def test_an_input_with_one_axis_less_is_repeated(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).random((5, 8)), np.zeros((5, 3, 8))
+    data = open_grids([saved(tmp_path / "a.npz", x=x, y=y)])
+    example = data.train.get(0)
+    assert example.x.shape == (1, 3, 8)
+    assert (example.x[0] == example.x[0, :1]).all()
+
+
+@pytest.mark.parametrize(("frames", "grid"), [(1, (4, 5)), (3, (3, 4, 5))])
+def test_a_series_predicts_what_comes_next(tmp_path: Path, frames: int, grid: tuple[int, ...]) -> None:
+    time = np.arange(30.0)[:, None, None] * np.ones((1, 4, 5))
+    path = saved(tmp_path / "a.npz", u=time, v=-time, lat=np.arange(4), note=np.array("text"))
+    data = open_grids([path], frames=frames)
+    assert data.channels == data.outputs == 2
+    assert data.train.grid == grid
+    (test,) = data.tests.values()
+    last_trained = 0.0
+    for source in (data.train, test):
+        for i in range(len(source)):
+            example = source.get(i)
+            assert isinstance(example.y, np.ndarray)
+            assert (example.y[0] - example.x[0] == frames).all()
+            assert (example.y[1] == -example.y[0]).all()
+            if source is data.train:
+                last_trained = max(last_trained, float(example.y[0].max()))
+            else:
+                assert example.x[0].min() > last_trained  # no frame is on both sides
+    assert data.yardsticks["the same again"] < data.yardsticks["mean of training"]
+    assert open_grids([path], variables=["v"]).channels == 1
+
+
+def test_what_is_not_finite_is_masked(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((10, 4, 5))
+    values[:, 0] = np.nan
+    values[3, 2, 2] = np.inf
+    data = open_grids([saved(tmp_path / "a.npz", u=values)])
+    batch = next(Batches(data.train, 3).stream(1))
+    assert batch.mask is not None
+    assert not batch.mask[:, 0].any()
+    assert batch.mask[:, 3].all()
+    assert batch.x.isfinite().all() and batch.y.isfinite().all()
+    assert np.isfinite(data.mean + data.std + tuple(data.yardsticks.values())).all()
+
+
+def test_one_field_is_filled_in(tmp_path: Path) -> None:
+    field = np.random.default_rng(0).normal(5, 2, (40, 60)).astype(np.float32)
+    data = open_grids([saved(tmp_path / "a.npz", relief=field)], size=(8, 8))
+    (test,) = data.tests.values()
+    example = test.get(3)
+    shown, seen = example.x
+    assert isinstance(example.y, np.ndarray)
+    hidden = seen == 0
+    assert 4 <= hidden.sum() < 32
+    assert np.array_equal(shown[~hidden], example.y[0][~hidden])
+    assert np.ptp(shown[hidden]) == 0
+    assert np.array_equal(example.x, test.get(3).x)
+    assert not np.array_equal(
+        data.train.get(0, np.random.default_rng(1)).y, data.train.get(0, np.random.default_rng(2)).y
+    )
+    trained = {data.train.get(0, np.random.default_rng(k)).y[0].max() for k in range(50)}  # type: ignore[index]
+    assert max(trained) <= field[:, :48].max()
+    with pytest.raises(ValueError, match="do not fit"):
+        open_grids([tmp_path / "a.npz"], size=(8, 20))
+
+
+def test_netcdf(tmp_path: Path) -> None:
+    from scipy.io import netcdf_file
+
+    path = tmp_path / "a.nc"
+    with netcdf_file(str(path), "w") as file:
+        for name, length in (("time", 12), ("lat", 4), ("lon", 6)):
+            file.createDimension(name, length)
+        axis = file.createVariable("lat", "f", ("lat",))
+        axis[:] = np.arange(4)
+        variable = file.createVariable("sst", "h", ("time", "lat", "lon"))
+        variable.scale_factor, variable.add_offset, variable.missing_value = 0.5, 10.0, np.int16(-99)
+        raw = np.arange(12 * 24).reshape(12, 4, 6).astype(np.int16)
+        raw[:, 1, 2] = -99
+        variable[:] = raw
+    arrays = read_arrays(path)
+    assert list(arrays) == ["sst"]
+    assert np.isnan(arrays["sst"][:, 1, 2]).all()
+    assert arrays["sst"][0, 0, 3] == 11.5
+    data = open_grids([path])
+    assert data.train.get(0).mask is not None
+    path.write_bytes(b"\x89HDF\r\n" + bytes(100))
+    with pytest.raises(ValueError, match="nccopy"):
+        read_arrays(path)
+    path.write_bytes(b"CDF\x01" + bytes(3))
+    with pytest.raises(ValueError, match="damaged"):
+        read_arrays(path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": np.zeros(4)}, r"holds a \[4\]; needed are pairs"),
+        ({"x": np.zeros((3, 4, 4)), "y": np.zeros((2, 4, 4))}, "3 inputs and 2 outputs"),
+        ({"x": np.zeros((3, 4, 4)), "y": np.zeros((3, 5, 4))}, "do not fit"),
+        ({"p_x": np.zeros((3, 4, 4)), "p_y": np.zeros((3, 4, 4)), "q_x": np.zeros((3, 4, 4)),
+          "q_y": np.zeros((3, 4, 4))}, "one and only one must have 'train'"),
+        ({"u": np.zeros((2, 4, 4))}, "2 frames"),
+        ({"u": np.full((9, 4, 4), np.nan)}, "no point of u is finite"),
+    ],
+)  # fmt: skip
+def test_what_fits_nothing_is_described(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_grids([saved(tmp_path / "a.npz", **arrays)])
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "a.npz", u=np.random.default_rng(0).random((30, 9, 9))).read_bytes()
+    for name, data in (
+        ("cut.npz", whole[:-200]),
+        ("flipped.npz", whole[:9000] + bytes([whole[9000] ^ 255]) + whole[9001:]),
+        ("cut.npz.xz", lzma.compress(whole)[:-50]),
+        ("text.npz", b"hello"),
+        ("single.npz", b""),
+    ):
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=name):
+            open_grids([path])
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npz").write_bytes((tmp_path / "array.npy").read_bytes())
+    with pytest.raises(ValueError, match="single array"):
+        read_arrays(tmp_path / "array.npz")
+    path = saved(tmp_path / "b.npz", u=np.zeros((9, 4, 4)), w=np.zeros((9, 5, 4)))
+    with pytest.raises(ValueError, match="no variable z"):
+        open_grids([path], variables=["z"])
+    with pytest.raises(ValueError, match="different shapes"):
+        open_grids([path], variables=["u", "w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "grids", "channels"),
+    [
+        ("darcy", {"16x16": 50, "32x32": 50}, (1, 1)),
+        ("burgers", {"17x16": 400}, (1, 1)),
+        ("navy_winds_monthly", {"73x144": 25}, (2, 2)),
+        ("coads_climatology", {"90x180": 1}, (7, 7)),
+        ("etopo20", {"128x128": 16}, (2, 1)),
+    ],
+)
+def test_real_fields(name: str, grids: dict[str, int], channels: tuple[int, int]) -> None:
+    data = open_grids([real(f"physics/{name}.npz.xz")])
+    assert {key: len(source) for key, source in data.tests.items()} == grids
+    assert (data.channels, data.outputs) == channels
+    for source in data.tests.values():
+        batch, indices = next(in_order(source, 2))
+        assert len(batch.x) == len(indices)
+        assert batch.x.isfinite().all() and batch.y.isfinite().all()
+        assert (batch.mask is not None) == (name == "coads_climatology")

@@ -1,0 +1,196 @@
+"""The command compare on images and fields as its users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import farfield
+from farfield.cli import build_app
+from support.vision_data import encoded, folder_by_class, labelled_archive, mask_archive, picture
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(farfield.__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    ),
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "160",
+    "NO_COLOR": "1",
+}
+PROGRAM = [sys.executable, "-W", "error", "-m", "farfield.cli"]
+TINY = ["--widths", "16,16", "--depths", "1,1", "--head-dim", "16", "--block", "2", "--rank", "1", "--workers", "0"]
+TWO = ["--attention", "window,fma", "--batch", "4"]
+
+
+@pytest.fixture
+def invoke() -> Callable[..., Result]:
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(build_app(), list(map(str, arguments)), env={"COLUMNS": "240", "NO_COLOR": "1"})
+
+    return run
+
+
+def pairs(path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, n, count in (("train", 16, 12), ("test", 16, 4), ("test_fine", 24, 4)):
+        arrays[f"{name}_x"] = rng.random((count, n, n))
+        arrays[f"{name}_y"] = arrays[f"{name}_x"] + 1
+    np.savez(path, **arrays)
+    return path
+
+
+def test_images_by_class_are_compared_and_resumed(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    root = folder_by_class(tmp_path / "my set", 6)
+    (root / "reds" / "broken.png").write_bytes(encoded(picture((200, 40, 40), (64, 64)))[:200])
+    (root / "blues" / "notes.txt").write_text("no image")
+    out = tmp_path / "out"
+    command = ["compare", root, *TINY, *TWO, "--steps", 4, "--cost-budget", "0.2s", "--out", out,
+               "--test-sizes", "14,20x18"]  # fmt: skip
+    done = subprocess.run([*PROGRAM, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for words in ("held-out examples", "by resolution", "20x18", "answer", "broken.png", "notes.txt: not the name",
+                  str(out / "report.html")):  # fmt: skip
+        assert words in done.stdout, words
+    values = json.loads((out / "results.json").read_text())
+    assert values["status"] == "finished"
+    assert values["data"]["task"] == "classify"
+    assert values["data"]["bad"][0].startswith(str(root / "reds" / "broken.png"))
+    assert [run["attention"] for run in values["runs"]] == ["window", "fma"]
+    assert values["runs"][0]["tests"].keys() == {"10x10", "14x14", "20x18"}
+    assert values["cost"]["points"]
+    assert f"'{root}'" in values["command"]
+    for name in ("predictions.png", "looks.png", "pattern.png"):
+        with Image.open(out / name) as image:
+            assert min(image.size) > 100
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 3
+    assert "broken.png" in page
+
+    again = invoke(*command, "--resume")
+    assert again.exit_code == 0, again.output
+    assert again.output.count("found finished") == 2
+    assert json.loads((out / "results.json").read_text())["runs"] == values["runs"]
+    other = invoke(*command, "--resume", "--head-dim", 8)
+    assert other.exit_code == 2
+    assert "head_dim 16 there, 8 now" in other.output
+    text = invoke("compare", "--out", out, "--steps", 1)
+    assert text.exit_code == 2
+    assert "would be overwritten" in text.output
+
+
+def test_the_command_of_a_report_makes_the_same_runs(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    import shlex
+
+    path, out = labelled_archive(tmp_path / "set.npz"), tmp_path / "out"
+    first = invoke("compare", path, *TINY, *TWO, "--steps", 2, "--no-cost", "--out", out)
+    assert first.exit_code == 0, first.output
+    values = json.loads((out / "results.json").read_text())
+    words = shlex.split(values["command"])[1:]
+    assert invoke(*words, "--resume").output.count("found finished") == 2
+
+
+@pytest.mark.parametrize("kind", ["masks", "pairs", "video", "field"])
+def test_other_data(tmp_path: Path, invoke: Callable[..., Result], kind: str) -> None:
+    path = tmp_path / "set.npz"
+    extra: list[object] = []
+    if kind == "masks":
+        mask_archive(path)
+    elif kind == "pairs":
+        pairs(path)
+    elif kind == "field":
+        np.savez(path, relief=np.random.default_rng(0).normal(size=(24, 80)))
+        extra = ["--image-size", "12"]
+    else:
+        waves = np.random.default_rng(0).random((14, 8, 9))
+        waves[:, :3, 4] = np.nan
+        np.savez(path, u=waves, v=waves + 1)
+        extra = ["--frames", "2"]
+    out = tmp_path / "out"
+    done = invoke("compare", path, *TINY, *TWO, *extra, "--steps", 2, "--no-cost", "--out", out)
+    assert done.exit_code == 0, done.output
+    values = json.loads((out / "results.json").read_text())
+    assert values["data"]["metric"] == ("mean IoU" if kind == "masks" else "relative L2")
+    assert values["runs"][0]["steps"] == 2
+    assert (out / "predictions.png").exists()
+    if kind == "pairs":
+        assert {"16x16", "24x24", "16x16 MSE", "24x24 MSE"} == values["runs"][0]["tests"].keys()
+    if kind == "masks":
+        assert len(values["runs"][0]["counts"]) == len(values["runs"][0]["examples"])
+    if kind == "video":
+        assert values["data"]["grid"] == [2, 8, 9]
+
+
+def test_ctrl_c_reports_what_is_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*PROGRAM, "compare", str(labelled_archive(tmp_path / "set.npz")), *TINY, *TWO, "--budget", "0.4s",
+               "--seeds", "50", "--no-cost", "--out", str(out)]  # fmt: skip
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("runs/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "interrupted" in stdout
+    assert json.loads((out / "results.json").read_text())["status"] == "interrupted"
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context", "64"], "--context is for text"),
+        (["--frames", "2"], "--frames is for fields"),
+        (["--image-size", "axb"], "'axb' is not a size"),
+        (["--size", "huge"], "unknown size 'huge'"),
+        (["--attention", "transformer_lss"], "did you mean 'transformer_ls'"),
+        (["--attention", "fma,fma"], "named twice"),
+        (["--widths", "16,x"], "--widths '16,x'"),
+        (["--patch", "3"], "power of two"),
+        (["--patch", "2x2x2"], "patch"),
+        (["--position", "rope"], "position must be one of"),
+        (["--option", "colour=red"], "colour"),
+        (["--kind", "sound"], "auto, text, images, fields"),
+        (["--kind", "fields"], "needed are pairs"),
+        (["--kind", "text", "--image-size", "8"], "--image-size is for images and fields"),
+        (["--block", "3", "--rank", "2", "--attention", "fma"], "does not divide"),
+        (["--resume"], "--out"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path: Path, invoke: Callable[..., Result], arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = labelled_archive(tmp_path / "set.npz")
+    before = sorted(tmp_path.rglob("*"))
+    where = [] if "--resume" in arguments else ["--out", tmp_path / "out"]
+    result = invoke("compare", path, *TINY, "--attention", "window,fma", "--steps", 2, *where, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_text_refuses_options_of_images(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke("compare", "--frames", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--frames is for images and fields; PATH holds text" in result.output
