@@ -25,6 +25,7 @@ from farfield.ops.multipole import (
     multipole_attention,
     summarise,
 )
+from farfield.ops.opened import opened_attention
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "merge_states",
     "multipole_attention",
     "near",
+    "opened_attention",
     "recipes",
     "summarise",
 ]

@@ -24,6 +24,8 @@ from farfield.ops.multipole.summary import (
     Summary,
     averaging,
 )
+from farfield.ops.opened import opened_attention
+from farfield.ops.opened.api import check_options
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
 
@@ -60,9 +62,11 @@ class Pyramid(FarPart):
         rope: with a rotary embedding, "tokens" rotates keys before they are summarised, "cells" rotates each summary
             by the position of its cell's centre.
         grid: the grid that summary="learned" is made for; None otherwise.
+        open: pages of tokens that each query head opens for itself: the cells with the largest mass leave the sum and
+            their tokens are seen exactly, see :func:`farfield.opened_attention`. 0: none. Where it is more, decoding
+            keeps the tokens.
+        beam, page, share, rest, choose: how they are chosen, as there.
     """
-
-    takes_dropout = True
 
     rank: int | tuple[int, ...] = 8
     summary: str = "shared"
@@ -73,6 +77,12 @@ class Pyramid(FarPart):
     bias: float | None = -8.0
     rope: str = "tokens"
     grid: tuple[int, ...] | None = None
+    open: int = 0
+    beam: int | None = None
+    page: int | tuple[int, ...] | None = None
+    share: int = 1
+    rest: str = "keep"
+    choose: str = "mean"
 
     def __post_init__(self) -> None:
         kinds = ("shared", "pooled", "mean", "learned")
@@ -93,8 +103,18 @@ class Pyramid(FarPart):
                     object.__setattr__(self, name, given)
         if self.bias is not None and not isinstance(self.bias, int | float):
             raise TypeError(f"Pyramid(bias={self.bias!r}): a number, or None for no bias, would be accepted")
+        if self.open and self.query_rank is not None:
+            raise ValueError(
+                f"Pyramid(open={self.open!r}, query_rank={self.query_rank!r}): a pooled query opens nothing for its "
+                "tokens; use share= to let neighbouring queries share a choice"
+            )
         if self.sinks < 0:
             raise ValueError(f"Pyramid(sinks={self.sinks}): a number of leading tokens >= 0 would be accepted")
+
+    @property
+    def takes_dropout(self) -> bool:  # type: ignore[override]
+        """Where nothing is opened."""
+        return not self.open
 
     @property
     def causal_safe(self) -> bool:
@@ -106,6 +126,8 @@ class Pyramid(FarPart):
     @property
     def cost(self) -> str:
         """Score computations for n tokens."""
+        if self.open:
+            return "n·(open·page + beam·log(n/block)/share)"
         return "n·rank·log(n/block)" if self.query_rank is None else "n·rank²/block"
 
     def fuses(self, near: Part | None, merge: str) -> bool:
@@ -123,6 +145,9 @@ class Pyramid(FarPart):
         shape = geometry(block, block, per_axis(self.rank, spec.dims, "Pyramid.rank"))
         if self.query_rank is not None:
             geometry(block, block, per_axis(self.query_rank, spec.dims, "Pyramid.query_rank"))
+        check_options(shape.block, shape.rank, self.open, self.beam, self.page, self.share, self.rest, self.choose)
+        if self.open and self.page is not None:
+            per_axis(self.page, spec.dims, "Pyramid.page")
         if self.grid is not None:
             if len(self.grid) != spec.dims:
                 raise ValueError(
@@ -245,6 +270,8 @@ class _Pyramid(StreamModule):
                 assert isinstance(state, AttentionState)
                 return state
             summary = self._rotated_summaries(inputs, summary)
+        if options.open:
+            return self._opened(inputs, summary)
         out = multipole_attention(
             inputs.rotated_q,
             key,
@@ -268,6 +295,39 @@ class _Pyramid(StreamModule):
         )
         return AttentionState(*out)
 
+    def _opened(self, inputs: Inputs, summary: Summary) -> AttentionState:
+        """As :meth:`forward`, with opened cells."""
+        if inputs.cu_seqlens is not None:
+            state = by_segment(inputs, self.forward)
+            assert isinstance(state, AttentionState)
+            return state
+        options = self.options
+        out = opened_attention(
+            inputs.rotated_q,
+            inputs.rotated_k,
+            inputs.v,
+            grid=inputs.grid,
+            block=self.shape.block,
+            rank=self.shape.rank,
+            levels=self._levels(inputs),
+            open=options.open,
+            beam=options.beam,
+            page=options.page,
+            share=options.share,
+            rest=options.rest,
+            choose=options.choose,
+            causal=inputs.causal,
+            key_mask=inputs.key_mask,
+            scale=inputs.scale,
+            count_bias=options.count_bias,
+            sinks=options.sinks,
+            summary=summary,
+            level_bias=self.biases(),
+            return_lse=True,
+            part=self.part,
+        )
+        return AttentionState(*out)
+
     def rows(self, inputs: Inputs, first: int | Tensor) -> Tensor:
         """The rows of near and far field from position ``first`` on, for fewer queries than keys; causal.
 
@@ -279,6 +339,8 @@ class _Pyramid(StreamModule):
         options = self.options
         if options.grid is not None:
             raise ValueError(f"learned summaries were made for grid {options.grid}: there is no decoding with them")
+        if options.open:
+            raise ValueError(f"{options!r} opens cells: its rows need the state of a stream")
         return multipole_rows(
             inputs.rotated_q,
             inputs.rotated_k,
@@ -323,6 +385,8 @@ class _Pyramid(StreamModule):
 
     def why_no_stream(self, spec: StreamSpec) -> str | None:
         """See :class:`farfield.streaming.StreamModule`."""
+        if self.options.open:
+            return "opened cells have no decode state yet; open=0 can be streamed"
         if self.options.summary == "learned":
             return (
                 f"learned summaries are made for one length, {self.options.grid}, and a stream has every length; "

@@ -21,6 +21,12 @@ def _parts(
     bias: float | None = Pyramid.bias,
     rotate: str = Pyramid.rope,
     grid: tuple[int, ...] | None = None,
+    open: int = Pyramid.open,
+    beam: int | None = Pyramid.beam,
+    page: int | tuple[int, ...] | None = Pyramid.page,
+    share: int = Pyramid.share,
+    rest: str = Pyramid.rest,
+    choose: str = Pyramid.choose,
 ) -> Parts:
     far = Pyramid(
         rank,
@@ -32,6 +38,12 @@ def _parts(
         bias=bias,
         rope=rotate,
         grid=grid,
+        open=open,
+        beam=beam,
+        page=page,
+        share=share,
+        rest=rest,
+        choose=choose,
     )
     return Parts(near=Blocks(block), far=far, merge="softmax")
 

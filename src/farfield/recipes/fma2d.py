@@ -19,11 +19,29 @@ def _parts(
     query_rank: int | tuple[int, ...] | None = None,
     bias: float | None = Pyramid.bias,
     grid: tuple[int, ...] | None = None,
+    open: int = Pyramid.open,
+    beam: int | None = Pyramid.beam,
+    page: int | tuple[int, ...] | None = Pyramid.page,
+    share: int = Pyramid.share,
+    rest: str = Pyramid.rest,
+    choose: str = Pyramid.choose,
 ) -> Parts:
     # Without the options of sequences (sinks, rotation). How the paper weighs summaries in 2-D is not published; here
     # it is as in 1-D.
     far = Pyramid(
-        rank, summary=summary, levels=levels, count_bias=count_bias, query_rank=query_rank, bias=bias, grid=grid
+        rank,
+        summary=summary,
+        levels=levels,
+        count_bias=count_bias,
+        query_rank=query_rank,
+        bias=bias,
+        grid=grid,
+        open=open,
+        beam=beam,
+        page=page,
+        share=share,
+        rest=rest,
+        choose=choose,
     )
     return Parts(near=Blocks(block), far=far, merge="softmax")
 

@@ -1,10 +1,9 @@
-"""The public function: the choice is made without gradients, then near field, pages and closed cells are one softmax."""
+"""The public function: a choice without gradients, then near field, pages and closed cells in one softmax."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,8 @@ def check_options(
     Raises:
         ValueError: with what was given and what would be accepted.
     """
-    for name, value, least in (("open", open, 0), ("beam", open if beam is None else beam, 0), ("share", share, 1)):
+    given = (("open", open, 0), ("beam", open if beam is None else beam, 0), ("share", share, 1))
+    for name, value, least in given:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: an integer >= {least} would be accepted")
     if rest not in ("keep", "drop"):
@@ -86,16 +86,17 @@ def opened_attention(
     level_bias: Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
+    part: str = "both",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multipole attention whose far field looks closer where the mass is.
 
-    From the coarsest level down, the cells with the largest mass on each level are opened: they leave the sum, and their
-    children (on level 1 their tokens, page by page) take their place. So every token is still seen exactly
-    once, itself or in one summary, and the choice is the only thing that has no gradient.
+    From the coarsest level down, the cells with the largest mass on each level are opened: they leave the sum, and
+    their children (on level 1 their tokens, page by page) take their place. So every token is still seen exactly once,
+    itself or in one summary, and the choice is the only thing that has no gradient.
 
     Args:
         query, key, value, grid, block, rank, levels, causal, key_mask, scale, count_bias, sinks, summary, level_bias,
-            return_lse: as in :func:`farfield.multipole_attention`.
+            return_lse, part: as in :func:`farfield.multipole_attention`.
         open: pages of tokens that are opened for a query. 0 is multipole attention; at least the number of pages is
             exact attention.
         beam: cells opened on every level on the way there; None for ``open``.
@@ -124,32 +125,32 @@ def opened_attention(
     """
     call = normalise(
         query, key, value, grid, block, rank, levels, causal, key_mask, None, scale, None, sinks, 0.0, summary,
-        level_bias, "both",
+        level_bias, part,
     )  # fmt: skip
     pages = check_options(call["block"], call["rank"], open, beam, page, share, rest, choose)
     if impl not in (None, "compiled", "torch", "reference"):
         raise ValueError(f"impl={impl!r}: 'compiled', 'torch', 'reference' or None would be accepted")
+    shared = {
+        "grid": call["grid"], "block": call["block"], "rank": call["rank"], "causal": causal, "key_mask": key_mask,
+        "scale": call["scale"], "sinks": sinks, "impl": impl,
+    }  # fmt: skip
+    far = {**shared, "levels": levels, "count_bias": count_bias, "summary": summary, "level_bias": level_bias}
+    tensors = call["query"], call["key"], call["value"]
     if open == 0 and rest == "keep":
-        near: Any = multipole_attention(
-            call["query"], call["key"], call["value"], grid=call["grid"], block=call["block"], rank=call["rank"],
-            levels=levels, causal=causal, key_mask=key_mask, scale=call["scale"], count_bias=count_bias, sinks=sinks,
-            summary=summary, level_bias=level_bias, return_lse=True, impl=impl,
-        )  # fmt: skip
-        return near if return_lse else near[0]
-    near = multipole_attention(
-        call["query"], call["key"], call["value"], grid=call["grid"], block=call["block"], rank=call["rank"],
-        causal=causal, key_mask=key_mask, scale=call["scale"], sinks=sinks, return_lse=True, impl=impl, part="near",
-    )  # fmt: skip
-    state = AttentionState(*near)
-    if open:
-        far = opened_far(
-            call["query"], call["key"], call["value"], grid=call["grid"], block=call["block"], rank=call["rank"],
-            levels=levels, open=open, beam=open if beam is None else beam, page=pages, share=share, rest=rest, choose=choose, causal=causal,
-            key_mask=key_mask, scale=call["scale"], count_bias=count_bias, sinks=sinks, summary=summary,
-            level_bias=level_bias, impl=impl,
-        )  # fmt: skip
-        state = state if far is None else merge_states(state, far)
-    return (state.out, state.lse) if return_lse else state.out
+        return multipole_attention(*tensors, **far, return_lse=return_lse, part=part)
+    states = []
+    if part != "far":
+        states.append(AttentionState(*multipole_attention(*tensors, **shared, return_lse=True, part="near")))
+    if part != "near" and open:
+        opened = {"open": open, "beam": open if beam is None else beam, "page": pages, "share": share}
+        state = opened_far(*tensors, **far, **opened, rest=rest, choose=choose)
+        states += [] if state is None else [state]
+    if not states:
+        wide = compute_dtype(query.dtype)
+        nothing = call["query"].new_full(query.shape[:-1], -torch.inf, dtype=wide)
+        states = [AttentionState(torch.zeros_like(call["query"]), nothing)]
+    joint = merge_states(*states)
+    return (joint.out, joint.lse) if return_lse else joint.out
 
 
 def opened_far(

@@ -21,7 +21,7 @@ class Bank:
 
     Attributes:
         keys: [G', cells, D or 2 D] float32 each, G' = batch * key heads; twice as wide where the choice is by bounds.
-        bias: [G' or 1, cells] each, float32 or wider: log(count) (0 without count bias), -inf where a cell holds no token.
+        bias: [G' or 1, cells] each, float32 or wider: log(count), 0 without count bias, -inf in an empty cell.
         bounds: whether queries are split into their positive and negative channels.
     """
 

@@ -91,7 +91,7 @@ def _children(
     per: tuple[int, ...],
     factor: tuple[int, ...],
 ) -> Ints:
-    """[cells, children]: each cell is cut in ``factor`` per axis; below there are ``per`` to each of ``below`` groups."""
+    """[cells, children]: each cell cut in ``factor`` per axis; below lie ``per`` in each of ``below`` groups."""
     steps = np.indices(factor, dtype=np.int64).reshape(len(factor), -1).T
     return _numbers(_places(groups, rank)[:, None] * np.array(factor) + steps, below, per)
 
