@@ -30,7 +30,7 @@ class LanguageConfig:
     """Everything that decides the architecture; serialises to JSON by ``dataclasses.asdict``.
 
     Attributes:
-        attention: Name of a causal recipe, see ``farfield recipes``.
+        attention: Name of a recipe, see ``farfield recipes``; of a causal one, unless ``causal`` is off.
         options: Options of that recipe, such as ``{"block": 64, "rank": 8}``; lists, as JSON gives them, become tuples.
         dim: Width of the residual stream.
         depth: Number of blocks.
@@ -39,6 +39,9 @@ class LanguageConfig:
         rope: Base of the rotary embedding, or None for no positions at all.
         vocab: Number of tokens; 256 are the bytes.
         context: Tokens that the model is trained on at once. The model itself takes any length.
+        causal: Whether a position depends on itself and earlier ones only. False: on all, for masked modelling.
+        shift: Whether every position also reads the token before it, through an embedding of its own: a convolution of
+            width 2, as recall models of the literature have in front of any attention. Not for streams.
     """
 
     attention: str
@@ -50,6 +53,8 @@ class LanguageConfig:
     rope: float | None = 10000.0
     vocab: int = 256
     context: int = 4096
+    causal: bool = True
+    shift: bool = False
 
     def __post_init__(self) -> None:
         """Check the sizes here, so that a wrong one is reported by its own name."""
@@ -99,7 +104,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         recipe = recipes.get(config.attention)
-        if not recipe.causal:
+        if config.causal and not recipe.causal:
             causal = [name for name in recipes.names() if recipes.get(name).causal]
             raise ValueError(
                 f"a language model needs causal attention, but recipe {config.attention!r} is not causal; "
@@ -119,6 +124,12 @@ class LanguageModel(nn.Module):
         with seeded(seed, 1 + config.depth):
             self.head = nn.Linear(config.dim, config.vocab, bias=False)
             nn.init.normal_(self.head.weight, std=0.02)
+        self.before = None
+        if config.shift:
+            with seeded(seed, 2 + config.depth):
+                # One more row stands for what is before the first token.
+                self.before = nn.Embedding(config.vocab + 1, config.dim)
+                nn.init.normal_(self.before.weight, std=1.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Predict the next token at every position.
@@ -127,21 +138,34 @@ class LanguageModel(nn.Module):
             tokens: [B, N] int64, values below ``config.vocab``.
 
         Returns:
-            Logits [B, N, vocab]; those at position i depend on ``tokens[:, : i + 1]`` only.
+            Logits [B, N, vocab]; those at position i depend on ``tokens[:, : i + 1]`` only, if the model is causal.
 
         Raises:
             ValueError: If ``tokens`` is not a [B, N] tensor of at least one token.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must have shape [B, N] with N of at least 1, got {list(tokens.shape)}")
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x))
+        logits: Tensor = self.head(self.features(tokens))
         return logits
 
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the output layer reads, `[B, N, dim]`; arguments and errors as in :meth:`forward`."""
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must have shape [B, N] with N of at least 1, got {list(tokens.shape)}")
+        x: Tensor = self.embedding(tokens)
+        if self.before is not None:
+            x = x + self.before(F.pad(tokens[:, :-1], (1, 0), value=self.config.vocab))
+        for block in self.blocks:
+            x = block(x)
+        features: Tensor = self.norm(x)
+        return features
+
     def stream(self, batch_size: int = 1, *, rewind: int = 0) -> StackState:
-        """A state of rows without tokens, for :meth:`step`: one per layer, see :meth:`farfield.Attention.stream`."""
+        """A state of rows without tokens, for :meth:`step`: one per layer, see :meth:`farfield.Attention.stream`.
+
+        Raises:
+            ValueError: If the model cannot be streamed, with the reason.
+        """
+        if self.before is not None:
+            raise ValueError("a model with shift=True reads the token before each, which its stream does not keep")
         return StackState(block.stream(batch_size, rewind) for block in self._layers())
 
     @torch.no_grad()
@@ -211,7 +235,7 @@ class _Block(nn.Module):
             config.attention,
             config.dim,
             config.num_heads,
-            causal=True,
+            causal=config.causal,
             layer=layer,
             rope=config.rope,
             **config.options,
