@@ -4,9 +4,9 @@
     python benchmarks/recall.py --out runs/recall --table --json recall.json --plot recall.png
 
 The task is `farfield.data.recall`: pairs of key and value in the first quarter of a sequence, the keys again in its
-last quarter; at each of these queries the model has to name the value. Every attention gets the same model (two layers of
-width 64 with 2 heads, no positions, the token before each as a second input), the same seeds, steps and batches, and
-the same curriculum: from 64 tokens, where even a window reaches most pairs, to 8,192. What counts is the accuracy on
+last quarter; at each of these queries the model has to name the value. Every attention gets the same model (two layers
+of width 64 with 2 heads, no positions, the token before each as a second input), the same seeds, steps and batches, and
+the same curriculum: from 64 tokens, where a window reaches every pair, to 8,192. What counts is the accuracy on
 sequences that were not trained on, at 1,024 to 8,192 tokens.
 
 Every finished run is kept in OUT as JSON and not repeated; one with other settings under the same label and seed is
@@ -210,7 +210,8 @@ def picture(runs: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from farfield.bench.plots import STYLE, legend, length_axis, looks, png, tidy
+    from farfield.bench.plots import legend, length_axis, looks, png, tidy
+    from farfield.explain.show import STYLE
 
     labels = grouped(runs)
     style = looks(list(labels))

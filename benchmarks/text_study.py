@@ -5,13 +5,12 @@
 
 A variant is LABEL=RECIPE[:OPTION=VALUE...]. Every finished run is kept in OUT as JSON and not repeated; one with other
 settings under the same label and seed is refused. Several of these commands may share OUT. ``--table`` only prints what
-is there.
+is there. ``farfield study`` does the same for several contexts and batches, and for masked modelling.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import statistics
@@ -20,25 +19,13 @@ from pathlib import Path
 
 import torch
 
+from farfield.bench.study import level_biases
+from farfield.bench.variants import parse_variant
 from farfield.data.text import collect
 from farfield.models.language import LanguageConfig, LanguageModel
 from farfield.training.evaluate import evaluate
 from farfield.training.files import write_json
 from farfield.training.loop import TrainConfig, Trainer
-
-
-def parse_variant(text: str) -> tuple[str, str, dict[str, object]]:
-    """LABEL=RECIPE[:OPTION=VALUE...] -> (label, recipe, options)."""
-    label, _, rest = text.partition("=")
-    recipe, *pairs = rest.split(":")
-    options: dict[str, object] = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
-    return label, recipe, options
 
 
 def main() -> None:
@@ -65,7 +52,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         corpus = collect(args.text)
         split = corpus.split(args.context)
-        plan = [(*parse_variant(text), seed) for seed in map(int, args.seeds.split(",")) for text in args.variants]
+        variants = [parse_variant(text) for text in args.variants]
+        plan = [
+            (v.label, v.recipe, dict(v.options), seed) for seed in map(int, args.seeds.split(",")) for v in variants
+        ]
         for label, recipe, options, seed in plan:  # all of them before the first one is trained
             path = run_path(args.out, label, seed)
             if path.exists():
@@ -141,7 +131,6 @@ def run(
         on_progress=lambda p: print(f"\r{label} seed {seed} step {p.step} {p.train_bits:.3f}", end="", flush=True)
     )
     result = evaluate(model, valid, args.context, max_tokens=args.eval_tokens)  # type: ignore[arg-type]
-    bias = [b.attention.far.biases().detach().mean(1)[:8] for b in model.blocks if _has_bias(b)]
     record = {
         "label": label,
         "recipe": recipe,
@@ -154,7 +143,7 @@ def run(
         "lr": args.lr,
         "bits": result.bits,
         "positions": result.positions,
-        "level_bias": [[round(v, 2) for v in row.tolist()] for row in bias],
+        "level_bias": level_biases(model),
         "parameters": model.parameter_count(),
         "cores": os.cpu_count(),
         "threads": args.threads,
@@ -166,10 +155,6 @@ def run(
         f"\r{label} seed {seed}: {result.bits:.4f} bits per byte after {trainer.step} steps, {trainer.seconds:.0f} s",
         flush=True,
     )
-
-
-def _has_bias(block: torch.nn.Module) -> bool:
-    return getattr(getattr(block.attention, "far", None), "level_bias", None) is not None
 
 
 def table(out: Path) -> None:

@@ -23,6 +23,7 @@ def build_app() -> typer.Typer:
     from farfield.commands.recipes import recipes_command
     from farfield.commands.show import show_command
     from farfield.commands.simulate import simulate_command
+    from farfield.commands.study import study_command
     from farfield.commands.train import train_command
 
     app = typer.Typer(
@@ -48,6 +49,7 @@ def build_app() -> typer.Typer:
 
     for name, command in (
         ("compare", compare_command),
+        ("study", study_command),
         ("train", train_command),
         ("generate", generate_command),
         ("show", show_command),

@@ -14,8 +14,8 @@ __all__ = ["RecallModel"]
 class RecallModel(LanguageModel):
     """A `LanguageModel` that is asked at the queries only, and for values only; see `farfield.data.recall`.
 
-    Values only, because with a choice among all tokens training starts much later. Measured with dense attention at 64
-    tokens, 200 steps, three seeds: a loss of 3.5 nats among all tokens, which is a guess, and 0.26 to 0.34 among values.
+    Values only, because among all tokens training does not get going. Measured with dense attention at 64 tokens,
+    200 steps, three seeds: a loss of 3.5 nats among all tokens, which is a guess, and 0.26 to 0.34 among values.
 
     Args:
         config: The architecture. For recall ``shift=True`` (a value has to know the key before it) and ``rope=None``

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Evaluation", "evaluate", "octaves"]
+__all__ = ["Evaluation", "evaluate", "octaves", "window_starts"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,24 @@ def octaves(context: int, first: int = 64) -> list[tuple[int, int]]:
         ranges.append((low, min(high, context)))
         low, high = high, 2 * high
     return ranges
+
+
+def window_starts(
+    length: int, context: int, max_tokens: int, batch: int, least: int, most: int | None
+) -> npt.NDArray[np.int64]:
+    """Where the windows of ``context + 1`` bytes begin that are read of ``length`` bytes; see :func:`evaluate`."""
+    if context < 1 or batch < 1 or max_tokens < 1:
+        raise ValueError(f"context, batch and max_tokens must be at least 1, got {context}, {batch}, {max_tokens}")
+    if length < context + 1:
+        raise ValueError(
+            f"the held-out text has {length:,} bytes, context {context:,} needs at least {context + 1:,}: "
+            "give more text or a shorter context"
+        )
+    if least < 1 or (most is not None and most < least):
+        raise ValueError(f"least must be at least 1 and most not below it, got {least} and {most}")
+    possible = (length - 1) // context
+    count = min(max(max_tokens // context, least), possible if most is None else min(most, possible))
+    return np.linspace(0, length - context - 1, count).astype(np.int64)
 
 
 @torch.no_grad()
@@ -75,18 +93,8 @@ def evaluate(
     Raises:
         ValueError: If the text is shorter than ``context + 1``.
     """
-    if context < 1 or batch < 1 or max_tokens < 1:
-        raise ValueError(f"context, batch and max_tokens must be at least 1, got {context}, {batch}, {max_tokens}")
-    if len(valid) < context + 1:
-        raise ValueError(
-            f"the held-out text has {len(valid):,} bytes, context {context:,} needs at least {context + 1:,}: "
-            "give more text or a shorter context"
-        )
-    if least < 1 or (most is not None and most < least):
-        raise ValueError(f"least must be at least 1 and most not below it, got {least} and {most}")
-    possible = (len(valid) - 1) // context
-    count = min(max(max_tokens // context, least), possible if most is None else min(most, possible))
-    starts = np.linspace(0, len(valid) - context - 1, count).astype(np.int64)
+    starts = window_starts(len(valid), context, max_tokens, batch, least, most)
+    count = len(starts)
     device = next(model.parameters()).device
     by_position = torch.zeros(context, dtype=torch.float64)
     by_window: list[float] = []
