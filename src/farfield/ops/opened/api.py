@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,20 +131,26 @@ def opened_attention(
     pages = check_options(call["block"], call["rank"], open, beam, page, share, rest, choose)
     if impl not in (None, "compiled", "torch", "reference"):
         raise ValueError(f"impl={impl!r}: 'compiled', 'torch', 'reference' or None would be accepted")
-    shared = {
+    shared: dict[str, Any] = {
         "grid": call["grid"], "block": call["block"], "rank": call["rank"], "causal": causal, "key_mask": key_mask,
         "scale": call["scale"], "sinks": sinks, "impl": impl,
     }  # fmt: skip
-    far = {**shared, "levels": levels, "count_bias": count_bias, "summary": summary, "level_bias": level_bias}
+    far: dict[str, Any] = {
+        **shared,
+        "levels": levels,
+        "count_bias": count_bias,
+        "summary": summary,
+        "level_bias": level_bias,
+    }
     tensors = call["query"], call["key"], call["value"]
     if open == 0 and rest == "keep":
-        return multipole_attention(*tensors, **far, return_lse=return_lse, part=part)
+        return multipole_attention(q, k, v, **far, return_lse=return_lse, part=part)
     states = []
     if part != "far":
-        states.append(AttentionState(*multipole_attention(*tensors, **shared, return_lse=True, part="near")))
+        states.append(AttentionState(*multipole_attention(q, k, v, **shared, return_lse=True, part="near")))
     if part != "near" and open:
-        opened = {"open": open, "beam": open if beam is None else beam, "page": pages, "share": share}
-        state = opened_far(*tensors, **far, **opened, rest=rest, choose=choose)
+        opened: dict[str, Any] = {"open": open, "beam": open if beam is None else beam, "page": pages, "share": share}
+        state = opened_far(q, k, v, **far, **opened, rest=rest, choose=choose)
         states += [] if state is None else [state]
     if not states:
         wide = compute_dtype(query.dtype)
