@@ -142,7 +142,7 @@ def opened_attention(
         "summary": summary,
         "level_bias": level_bias,
     }
-    tensors = call["query"], call["key"], call["value"]
+    q, k, v = call["query"], call["key"], call["value"]
     if open == 0 and rest == "keep":
         return multipole_attention(q, k, v, **far, return_lse=return_lse, part=part)
     states = []
