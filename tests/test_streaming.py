@@ -31,6 +31,14 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "fma 2 levels": {"near": near.Blocks(4), "far": far.Pyramid(2, levels=2, sinks=3, bias=-1.0)},
     "fma gate": {"near": near.Blocks(4), "far": far.Pyramid(2, summary="mean"), "merge": Gate(per="channel")},
+    "fma opened": {"near": near.Blocks(4), "far": far.Pyramid(2, open=2, sinks=3, bias=-1.0)},
+    "fma opened, shared": {
+        "near": near.Blocks(8),
+        "far": far.Pyramid(2, levels=1, open=3, beam=2, page=2, share=4, rest="drop", choose="bounds", bias=None),
+    },
+    "fma opened, gate": {
+        "near": near.Blocks(4), "far": far.Pyramid(2, summary="pooled", open=2, page=1), "merge": Gate(per="head")
+    },
     "blocks": {"near": near.Blocks(5)},
     "dense": {"near": near.Dense()},
     "window": {"near": near.Window(7)},
@@ -323,7 +331,9 @@ def test_bytes_by_length(name: str) -> None:
         module.step(torch.randn(1, length, 16, dtype=torch.float64), state)
         size[length] = state.nbytes
     steps = [size[256] - size[128], size[512] - size[256], size[1024] - size[512]]
-    if name.startswith("fma") and name != "fma 2 levels":
+    if "opened" in name:
+        assert size[1024] > 4 * size[128]  # it keeps the tokens, and says so
+    elif name.startswith("fma") and name != "fma 2 levels":
         assert steps[0] == steps[1] == steps[2] > 0  # one level each
         assert size[1024] < 2 * size[128]
     elif name in BOUNDED or name.startswith("window"):

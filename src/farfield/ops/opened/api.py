@@ -21,7 +21,7 @@ from farfield.ops.opened.tree import Tree, make_tree
 from farfield.ops.state import AttentionState, merge_states
 from farfield.ops.tiles import Store, compute_dtype
 
-__all__ = ["check_options", "opened_attention", "opened_far"]
+__all__ = ["attend_choice", "check_options", "opened_attention", "opened_far"]
 
 CHUNK = 1 << 24
 """Places of lists held at once; the lists of a call without gradients never take more than this."""
@@ -237,7 +237,7 @@ def opened_far(
         with torch.no_grad():
             choice = descend(tree, bank, chooser[:, span], blocks[span], open, beam, keep)
         parts.append(
-            _attend(
+            attend_choice(
                 tree,
                 bank,
                 choice,
@@ -265,7 +265,7 @@ def _mean(units: Tensor, filled: Tensor, share: int) -> Tensor:
     return (units * weight).sum(2) / weight.sum(2).clamp(min=1.0)
 
 
-def _attend(
+def attend_choice(
     tree: Tree,
     bank: Bank,
     choice: Choice,
