@@ -40,7 +40,7 @@ VARIANTS = (
     "window=window:size=96",
     "blocks=blocks:block=32",
     "fma=fma:block=32:rank=16",
-    "fma+open=fma:block=32:rank=16:open=16:choose=bounds",
+    "fma+open=fma:block=32:rank=16:open=16:beam=32:choose=bounds",
 )
 STAGES = "64:6:200:16,128:8:60:16,256:16:60:8,1024:16:40:4,2048:16:20:2,4096:16:20:1,8192:16:15:1"
 

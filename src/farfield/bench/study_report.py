@@ -80,8 +80,8 @@ def rows_of(runs: Sequence[StudyRun]) -> list[Row]:
 
 def markdown(rows: Sequence[Row], unit: str) -> str:
     """The table. The last octave of positions is the second half of a context that is a power of two."""
-    heads = ("context", "batch", "variant", "seeds", unit, "range", "last octave")
-    heads += ("steps", "ms per step", "tokens/s", "peak MiB")
+    heads = ["context", "batch", "variant", "seeds", unit, "range", "last octave"]
+    heads += ["steps", "ms per step", "tokens/s", "peak MiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         spread = f"{row.low:.4f} to {row.high:.4f}" if row.seeds > 1 else ""
