@@ -161,12 +161,23 @@ def test_recipes_lists_them_all() -> None:
 
     result = farfield_("recipes")
     assert result.returncode == 0, result.stderr
-    for heading in ("name", "near", "far", "merge", "cost", "causal", "status", "citation"):
+    for heading in ("name", "title", "dims", "causal", "arXiv"):
         assert heading in result.stdout
     listed = json.loads(farfield_("recipes", "--json").stdout)
     assert [row["name"] for row in listed] == recipes.names()
     assert all(row["name"] in result.stdout for row in listed)
     assert {"title", "dims", "proof", "options"} <= set(listed[0])
+
+
+def test_recipes_shows_some_in_full() -> None:
+    result = farfield_("recipes", "fma", "swin")
+    assert result.returncode == 0, result.stderr
+    assert "2310.11960" in result.stdout
+    assert "option block" in result.stdout
+    assert "tests/recipes/test_swin.py" in result.stdout.replace("\n", "")
+    wrong = farfield_("recipes", "fmaa")
+    assert wrong.returncode == 2
+    assert "did you mean 'fma'?" in wrong.stderr
 
 
 def test_generate_writes_bytes_not_characters(trained: Path) -> None:
