@@ -1,8 +1,8 @@
 """Settings by layer and head, as a converted model's config holds them: numbers and lists that JSON can say.
 
 ``config.farfield`` is then ``{"recipe": "converted", "options": {"block": 64, "sinks": 16, "layers": [...]}}`` with one
-entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads in no group see the
-near field and the sinks only. No group has parameters, so that plain ``from_pretrained`` reads such a model.
+entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads in no group see
+the near field and the sinks only. No group has parameters, so that plain ``from_pretrained`` reads such a model.
 """
 
 from __future__ import annotations
