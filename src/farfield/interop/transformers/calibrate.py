@@ -62,11 +62,12 @@ def watched(model: Any, visit: Visit) -> Iterator[None]:
 
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = function
         model.set_attn_implementation(before)
 
 

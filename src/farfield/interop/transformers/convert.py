@@ -106,7 +106,7 @@ def convert(
         "calibration": {"windows": len(windows), "queries": queries, "pieces": pieces, "seed": seed},
         **_summary(choice, errors, read, context(length)),
         "menu": [
-            {"setting": None if p is None else group_of([], p), "keys": k / context(length), "error": float(e.sum())}
+            {"setting": None if p is None else _setting(p), "keys": k / context(length), "error": float(e.sum())}
             for p, k, e in zip(offered, read.tolist(), errors, strict=True)
         ],
     }
@@ -149,8 +149,8 @@ def _check_target(keys: float | None, error: float | None) -> None:
         raise ValueError(f"keys={keys}, error={error}: exactly one of them would be accepted")
     if keys is not None and not 0 < keys <= 1:
         raise ValueError(f"keys={keys}: a share of the context in (0, 1], such as 0.12, would be accepted")
-    if error is not None and not error >= 0:
-        raise ValueError(f"error={error}: a divergence >= 0 in nats per token, such as 0.02, would be accepted")
+    if error is not None and not error > 0:
+        raise ValueError(f"error={error}: a divergence > 0 in nats per token, such as 0.02, would be accepted")
 
 
 def _left(keys: float, whole: float, layers: int, dense: int, least: float) -> float:
@@ -219,6 +219,10 @@ def _entries(choice: Tensor, menu: Sequence[Pyramid | None], dense: Sequence[int
                 groups.append(group_of([head for head, own in enumerate(row) if own == number], pyramid))
         entries.append(groups)
     return entries
+
+
+def _setting(pyramid: Pyramid) -> dict[str, Any]:
+    return {name: value for name, value in group_of([], pyramid).items() if name != "heads"}
 
 
 def _summary(choice: Tensor, errors: Tensor, read: Tensor, whole: float) -> dict[str, Any]:

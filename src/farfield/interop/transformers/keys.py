@@ -70,9 +70,10 @@ def keys_of(pyramid: Pyramid, length: int, block: int) -> float:
     chosen = vectors * cells
     if per_cell > 1:
         chosen = chosen + vectors * entered * per_cell
+    opened = np.minimum(np.minimum(pyramid.open * page, entered * cell), readable)
     # Choices are made once for a run of queries, and the last run may be short.
     first = index % pyramid.share == 0
-    total = chosen[first].sum() + np.minimum(pyramid.open * page, readable).sum()
+    total = chosen[first].sum() + opened.sum()
     if pyramid.rest == "keep":
         closed = used - entered
         if per_cell > 1:
