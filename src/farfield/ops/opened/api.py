@@ -294,20 +294,16 @@ def attend_choice(
     head_bias = None
     if choice.rest:
         first = 0 if tree.pages_per_cell > 1 else 1
-        sizes = [x.shape[2] for x in cells[0]]
-        offsets = {first + i: sum(sizes[:i]) for i in range(len(sizes))}
         biases = [torch.zeros(groups, units.shape[1], width, dtype=wide, device=units.device) if bias is None else bias]
-        tables = []
         for rest in choice.rest:
             number = rest.number.clamp(min=0).expand(groups, -1, -1)
-            tables.append((number + offsets[rest.level]).masked_fill(~rest.seen, EMPTY))
+            rows = [side[rest.level - first].flatten(0, 1).unsqueeze(2) for side in cells]
+            stores.append(Store(rows[0], rows[1], number.masked_fill(~rest.seen, EMPTY)))
             of_cell = bank.bias[rest.level].to(wide)
             if len(of_cell) > 1:
                 of_cell = of_cell.repeat_interleave(groups // len(of_cell), 0)
             biases.append(of_cell.expand(groups, -1).gather(1, number.flatten(1)).view(number.shape))
         bias = torch.cat(biases, -1)
-        joined = [torch.cat(side, 2).flatten(0, 1).unsqueeze(2) for side in cells]
-        stores.append(Store(joined[0], joined[1], torch.cat(tables, -1)))
         if level_bias is not None:
             row = torch.zeros(bias.shape[-1], dtype=torch.long, device=units.device)
             for rest in choice.rest:

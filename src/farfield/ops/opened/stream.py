@@ -208,16 +208,17 @@ class OpenedStream:
         batch, heads = query.shape[:2]
         wide = compute_dtype(query.dtype)
         sizes = [tree.cells(level) if level else tree.pages for level in range(len(tree.children) + 1)]
-        keys = tuple(cache[f"score {i}"][:, :, :n].flatten(0, 1) for i, n in enumerate(sizes))
-        bank = Bank(keys, _counts(tree, valid, self.count_bias, wide), self.choose == "bounds")
+        # Whole buffers, room included: a slice would be copied. Only the top level is read from end to end.
+        keys = [cache[f"score {i}"].flatten(0, 1) for i in range(len(sizes))]
+        keys[-1] = keys[-1][:, : sizes[-1]]
+        bank = Bank(tuple(keys), _counts(tree, valid, self.count_bias, wide), self.choose == "bounds")
         leader = cache["leaders"][:, :, at // self.share % self.leaders].flatten(0, 1)[:, None].float() * scale
         block = torch.tensor([at // self.block], device=query.device)
         choice = descend(tree, bank, leader, block, self.open, self.beam, self.keep)
-        paged = [cache[n][:, :, : tree.slots].unflatten(2, (tree.pages, tree.page_tokens)) for n in ("keys", "values")]
+        paged = [cache[name].unflatten(2, (-1, tree.page_tokens)) for name in ("keys", "values")]
         first = 0 if tree.pages_per_cell > 1 else 1
         cells = tuple(
-            [cache[f"{side} {i}"][:, :, : sizes[i]] for i in range(first, len(sizes))] if self.keep else []
-            for side in ("key", "value")
+            [cache[f"{side} {i}"] for i in range(first, len(sizes))] if self.keep else [] for side in ("key", "value")
         )
         partly = self.sinks % self.page > 0
         state = attend_choice(
@@ -229,6 +230,8 @@ class OpenedStream:
         )
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _counts(tree: Tree, valid: Tensor, count_bias: bool, wide: torch.dtype) -> tuple[Tensor, ...]:
     """[1, cells] per level from pages up: log(count) or 0, -inf in an empty cell."""
     none = torch.zeros(1, tree.pages, tree.page_tokens, 0, dtype=wide, device=valid.device)
