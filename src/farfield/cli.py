@@ -17,8 +17,10 @@ def build_app() -> typer.Typer:
 
     from farfield.commands.bench import bench_command
     from farfield.commands.compare import compare_command
+    from farfield.commands.convert import convert_command
     from farfield.commands.doctor import doctor_command
     from farfield.commands.errors import plainly
+    from farfield.commands.evaluate import eval_command
     from farfield.commands.generate import generate_command
     from farfield.commands.recipes import recipes_command
     from farfield.commands.show import show_command
@@ -52,6 +54,8 @@ def build_app() -> typer.Typer:
         ("study", study_command),
         ("train", train_command),
         ("generate", generate_command),
+        ("convert", convert_command),
+        ("eval", eval_command),
         ("show", show_command),
         ("recipes", recipes_command),
         ("bench", bench_command),

@@ -95,6 +95,42 @@ def test_crop_takes_tokens_back() -> None:
     torch.testing.assert_close(torch.cat([before, after], 1), whole, rtol=0, atol=1e-9)
 
 
+def test_assisted_generation() -> None:
+    model, ids = small(), tokens(1, 30)
+    # It takes no token back where all guesses were right, and this assistant's are.
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    cache = StreamCache(model, rewind=8)
+    assert torch.equal(model.generate(ids, past_key_values=cache, assistant_model=small(), **options), expected)
+
+
+def test_crop_of_nothing() -> None:
+    model, ids = small(), tokens(1, 60)
+    cache = StreamCache(model, rewind=8)
+    with torch.no_grad():
+        whole = model(ids[:, :7], use_cache=False).logits
+    before = stepped(model, ids[:, :6], cache, (6,))
+    cache.crop(0)
+    assert cache.get_seq_length() == 6
+    after = stepped(model, ids[:, 6:7], cache, (1,))
+    torch.testing.assert_close(torch.cat([before, after], 1), whole, rtol=0, atol=1e-9)
+
+
+def test_a_cache_holds_no_weights() -> None:
+    """Reset, it serves another model; a copy goes on with the weights of the model that it is given to."""
+    first, second, ids = small(bias=-1.0), small(bias=-1.0), tokens(1, 60)
+    cache = StreamCache(first)
+    stepped(first, ids, cache, (60,))
+    cache.reset()
+    for name, weight in second.named_parameters():
+        if "level_bias" in name:
+            weight.data.normal_()
+    with torch.no_grad():
+        whole = second(ids, use_cache=False).logits
+    torch.testing.assert_close(stepped(second, ids, cache, (50, 1)), whole, rtol=0, atol=1e-9)
+    assert not any(isinstance(x, torch.nn.Module) for x in vars(cache.layers[0]).values())
+
+
 def test_bytes_grow_by_a_level_when_the_context_doubles() -> None:
     model, sizes = small(), []
     for length in (128, 256, 512):

@@ -1,5 +1,6 @@
 """Far fields: through what a query sees the rest. One file each."""
 
+from farfield.far.by_head import ByHead
 from farfield.far.channels import Channels
 from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
@@ -11,6 +12,7 @@ from farfield.far.relay import Relay
 from farfield.far.spectrum import Spectrum
 
 __all__ = [
+    "ByHead",
     "Channels",
     "Landmarks",
     "Linear",

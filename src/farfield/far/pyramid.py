@@ -178,6 +178,10 @@ class Pyramid(FarPart):
         """Near and far field together."""
         return self._module(spec, near, "both")
 
+    def build_far(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
+        """The far field alone, sinks left to whoever computes the near field with them."""
+        return self._module(spec, near, "far")
+
     def _module(self, spec: LayerSpec, near: Part | None, part: str) -> nn.Module:
         self.check(spec, near)
         assert isinstance(near, Blocks)

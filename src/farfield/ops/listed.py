@@ -176,6 +176,10 @@ def attend_lists(
         The state, out [G, r, U, M, D] and lse [G, r, U, M]; a query that reads nothing gets 0 and -inf.
         Differentiable in query, keys, values and head_bias.
     """
+    stores = [store for store in stores if store.width]
+    if not stores:
+        nothing = query.new_full(query.shape[:-1], -torch.inf, dtype=compute_dtype(query.dtype))
+        return AttentionState(torch.zeros_like(query), nothing)
     if impl == "reference":
         return _reference(query, stores, key_bias, head_bias, batch, scale)
     settings = (batch, scale, impl or "")

@@ -329,3 +329,53 @@ def test_operator_is_sound() -> None:
     torch.library.opcheck(
         listed, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+def test_chunks_change_nothing(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from farfield.ops.opened import api
+
+    q, k, v = tensors(101, heads=heads, batch=2)
+    options = {"block": 8, "rank": 2, "open": 3, "causal": True}
+    whole = opened_attention(q, k, v, **options)
+    monkeypatch.setattr(api, "CHUNK", 1 << 12)
+    torch.testing.assert_close(opened_attention(q, k, v, **options), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "reference"])
+@pytest.mark.parametrize("rest", ["keep", "drop"])
+def test_nothing_to_open(impl: str | None, rest: str) -> None:
+    """Without a beam no page is ever reached: only closed cells are left, or nothing."""
+    q, k, v = (x.requires_grad_() for x in tensors(101, dtype=torch.float32))
+    options = {"block": 8, "rank": 2, "causal": True}
+    out = opened_attention(q, k, v, open=3, beam=0, page=2, rest=rest, impl=impl, **options)
+    part = "both" if rest == "keep" else "near"
+    expected = ff.multipole_attention(q, k, v, part=part, **options)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    out.sum().backward()
+
+
+def test_no_rows() -> None:
+    q, k, v = tensors(101, batch=0)
+    assert opened_attention(q, k, v, block=8, rank=2, open=3).shape == q.shape
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "reference"])
+def test_autocast_chooses_in_float32(impl: str | None) -> None:
+    q, k, v = (x.bfloat16() for x in tensors(301, dim=16, batch=2, dtype=torch.float32))
+    options = {"block": 8, "rank": 4, "open": 2, "levels": 1, "causal": True, "return_lse": True, "impl": impl}
+    expected = opened_attention(q, k, v, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = opened_attention(q.float(), k.float(), v.float(), **options)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_what_is_no_number_is_not_lost(impl: str | None) -> None:
+    q, k, v = tensors(101, dtype=torch.float32)
+    for number in (math.nan, -math.nan):
+        bad = k.clone()
+        bad[0, 0, 20] = number
+        out = opened_attention(q, bad, v, block=8, rank=2, open=2, causal=True, impl=impl)
+        assert out[:, :, 24:].isnan().all()

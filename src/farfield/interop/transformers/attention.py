@@ -190,6 +190,7 @@ def _core(
         return core
     name, options = cores.setting_of(config, recipe)
     layer = getattr(module, "layer_idx", None) or 0
+    options = cores.of_layer(name, options, layer)
     spec = (causal, query.shape[1], key.shape[1], query.shape[3], layer)
     return cores.shared("recipe", name, tuple((k, _plain(v)) for k, v in options.items()), *spec)
 

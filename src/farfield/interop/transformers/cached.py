@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farfield.attention import ReadyAttention
-from farfield.far import Pyramid
+from farfield.far import ByHead, Pyramid
 from farfield.interop.transformers.padding import align, aligned
 from farfield.near import Blocks, Dense, Window
 from farfield.ops.multipole import multipole_rows
@@ -29,7 +29,7 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
     may belong to another sequence (dense only).
 
     Raises:
-        ValueError: for dropout, and more queries than keys.
+        ValueError: for dropout, more queries than keys, and cells opened by a choice that queries share.
     """
     near, far = core.near_spec, core.far_spec
     if inputs.dropout:
@@ -42,8 +42,10 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
     if isinstance(near, Window) and near.stride == 1 and near.dilation == 1 and far is None and core.spec.causal:
         assert isinstance(near.size, int)
         return _band(inputs, near.size)
-    fused = core.fused and isinstance(far, Pyramid)
-    if core.spec.causal and (fused or (isinstance(near, Blocks) and far is None)):
+    _check_choice(far)
+    fused = core.fused and isinstance(far, Pyramid) and not far.open
+    blocks = isinstance(near, Blocks) and (far is None or (isinstance(far, ByHead) and not far.groups))
+    if core.spec.causal and (fused or blocks):
         first: int | Tensor = keys - queries
         if inputs.key_mask is not None:
             inputs, turned = align(inputs)
@@ -54,11 +56,23 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
         assert isinstance(near, Blocks) and isinstance(near.block, int)
         return multipole_rows(
             inputs.q, inputs.k, inputs.v, first=first, block=near.block, rank=1, key_mask=inputs.key_mask,
-            scale=inputs.scale, part="near",
+            scale=inputs.scale, sinks=0 if far is None else far.sinks, part="near",  # type: ignore[attr-defined]
         )  # fmt: skip
     whole = replace(inputs, q=F.pad(inputs.q, (0, 0, keys - queries, 0)))
     out = core.attend(whole) if inputs.key_mask is None else aligned(core, whole)
     return out[:, :, keys - queries :]
+
+
+def _check_choice(far: object) -> None:
+    """Refuses cells opened by a choice that a later row cannot repeat."""
+    pyramids = [pyramid for _, pyramid in far.groups] if isinstance(far, ByHead) else [far]
+    shared = {p.share for p in pyramids if isinstance(p, Pyramid) and p.open and p.share > 1}
+    if shared:
+        raise ValueError(
+            f"a step with a cache of keys, in a layer whose cells are opened by a choice that share={max(shared)} "
+            "queries have in common: the first of them makes it, and a cache does not hold queries. Pass "
+            "use_cache=False, or use share=1"
+        )
 
 
 def dense_rows(inputs: Inputs, bias: Tensor | None = None, segments: Tensor | None = None) -> Tensor:

@@ -10,11 +10,12 @@ from torch import nn
 
 from farfield import recipes
 from farfield.attention import ReadyAttention
+from farfield.interop.transformers import layers
 from farfield.near import Window
 from farfield.parts import LayerSpec
 from farfield.recipes import Setting
 
-__all__ = ["DEFAULTS", "attention_layers", "build", "has_parameters", "setting_of", "shared", "window"]
+__all__ = ["DEFAULTS", "attention_layers", "build", "has_parameters", "of_layer", "setting_of", "shared", "window"]
 
 DEFAULTS: dict[str, dict[str, Any]] = {"fma": {"summary": "mean", "bias": None, "sinks": 16}}
 """Options whose default differs from the recipe's: a pretrained model has no far-field parameters to start from.
@@ -33,6 +34,8 @@ def options_of(recipe: str, given: dict[str, Any]) -> dict[str, Any]:
         ValueError: for an unknown recipe, or an option that needs keys before their rotation.
         TypeError: for an option that the recipe does not have.
     """
+    if recipe == layers.CONVERTED:
+        return layers.check(given)
     options = {**recipes.options(recipe), **DEFAULTS.get(recipe, {})}
     for name, value in given.items():
         if name not in options:
@@ -68,16 +71,24 @@ def setting_of(config: Any, recipe: str | None) -> tuple[str, dict[str, Any]]:
     return saved["recipe"], saved["options"]
 
 
+def of_layer(recipe: str, options: dict[str, Any], layer: int) -> dict[str, Any]:
+    """The options that count in one layer: those of the recipe, or, of settings by layer, its own."""
+    return layers.setting_of_layer(options, layer) if recipe == layers.CONVERTED else options
+
+
 def build(recipe: str, options: dict[str, Any], spec: LayerSpec, layer: int) -> ReadyAttention:
-    """The parts of one layer.
+    """The parts of one layer, from the options that count in it.
 
     Raises:
         ValueError: when the recipe cannot work on ready queries, keys and values in this layer, with the reason.
     """
-    entry = recipes.get(recipe)
-    if spec.causal and not entry.causal:
-        raise ValueError(f"recipe {recipe!r} cannot be causal: it reads later tokens")
-    parts = entry.parts(Setting(causal=spec.causal, layer=layer), **options_of(recipe, options))
+    if recipe == layers.CONVERTED:
+        parts = layers.layer_parts(**options)
+    else:
+        entry = recipes.get(recipe)
+        if spec.causal and not entry.causal:
+            raise ValueError(f"recipe {recipe!r} cannot be causal: it reads later tokens")
+        parts = entry.parts(Setting(causal=spec.causal, layer=layer), **options_of(recipe, options))
     try:
         return ReadyAttention(spec, near=parts.near, far=parts.far, merge=parts.merge)
     except ValueError as error:

@@ -32,7 +32,8 @@ def configure(model: Any, recipe: str = "fma", **options: Any) -> Any:
 
     Args:
         model: a Transformers model.
-        recipe: a name of `farfield.recipes`.
+        recipe: a name of `farfield.recipes`, or "converted" for settings by layer and head: options `block`, `sinks`
+            and `layers`, as :mod:`farfield.interop.transformers.layers` has them and a conversion chooses them.
         **options: of the recipe (`farfield.recipes.options(recipe)`); for "fma" the defaults here are
             `summary="mean", bias=None, sinks=16`, which need no parameters.
 
@@ -133,7 +134,8 @@ def _core(layer: nn.Module, recipe: str, options: dict[str, Any]) -> nn.Module:
     width = width or getattr(config, "head_dim", None) or config.hidden_size // heads
     causal = bool(getattr(layer, "is_causal", True)) and bool(getattr(config, "is_causal", True))
     spec = LayerSpec(heads * width, heads, kv_heads, width, causal=causal)
-    return cores.build(recipe, options, spec, getattr(layer, "layer_idx", None) or 0)
+    number = getattr(layer, "layer_idx", None) or 0
+    return cores.build(recipe, cores.of_layer(recipe, options, number), spec, number)
 
 
 def _sliding(layer: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ __all__ = ["StreamCache", "StreamLayer", "stream_of"]
 _MARK = "_farfield_stream"
 """Transformers does not hand its cache to the attention function: the keys that come out of it carry their layer's."""
 
+_decoders: WeakKeyDictionary[ReadyAttention, Decoder] = WeakKeyDictionary()
+"""Kept apart from caches, which are reset, copied and used again, with other weights too."""
+
+
+def _decoder(core: ReadyAttention) -> Decoder:
+    if core not in _decoders:
+        _decoders[core] = Decoder(core.near, core.far, core.merge, core.extra_repr())
+    return _decoders[core]
+
 
 class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's part of a :class:`StreamCache`."""
@@ -29,7 +39,6 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.config, self.rewind = config, rewind
         self.state: StreamState | None = None
-        self.decoder: Decoder | None = None
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -63,11 +72,10 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
             raise ValueError("a StreamCache keeps no gradients: train with use_cache=False, decode in torch.no_grad()")
-        if self.decoder is None:
-            self.decoder = Decoder(core.near, core.far, core.merge, core.extra_repr())
+        decoder = _decoder(core)
         if self.state is None:
             batch, heads, _, width = inputs.q.shape
-            self.state = self.decoder.stream(
+            self.state = decoder.stream(
                 StreamSpec(
                     batch,
                     heads,
@@ -79,7 +87,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
                     device=inputs.k.device,
                 )
             )
-        return self.decoder.step(inputs, self.state, present)
+        return decoder.step(inputs, self.state, present)
 
     def get_seq_length(self) -> int:
         """Columns so far, padding included."""
@@ -112,8 +120,8 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
             self.state = self.state.reorder([i for i in range(self.state.batch_size) for _ in range(repeats)])
 
     def crop(self, max_length: int) -> None:
-        """Takes tokens back, as many as `rewind` allows; negative: so many."""
-        take = -max_length if max_length < 0 else self.length - max_length
+        """Takes tokens back, as many as `rewind` allows; negative: so many, and so none for 0."""
+        take = -max_length if max_length <= 0 else self.length - max_length
         if take > 0 and self.state is not None:
             self.state.rewind(take)
             self.length -= take

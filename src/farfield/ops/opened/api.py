@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import EMPTY, per_axis
+from farfield.ops.cache import exactly
 from farfield.ops.listed import attend_lists
 from farfield.ops.multipole import multipole_attention
 from farfield.ops.multipole.api import normalise
@@ -143,14 +144,15 @@ def opened_attention(
         "level_bias": level_bias,
     }
     q, k, v = call["query"], call["key"], call["value"]
-    if open == 0 and rest == "keep":
+    if (open == 0 and rest == "keep") or len(q) == 0:
         return multipole_attention(q, k, v, **far, return_lse=return_lse, part=part)
     states = []
     if part != "far":
         states.append(AttentionState(*multipole_attention(q, k, v, **shared, return_lse=True, part="near")))
     if part != "near" and open:
         opened: dict[str, Any] = {"open": open, "beam": open if beam is None else beam, "page": pages, "share": share}
-        state = opened_far(q, k, v, **far, **opened, rest=rest, choose=choose)
+        with exactly(q.device):
+            state = opened_far(q, k, v, **far, **opened, rest=rest, choose=choose)
         states += [] if state is None else [state]
     if not states:
         wide = compute_dtype(query.dtype)
@@ -230,7 +232,7 @@ def opened_far(
     width = min(open, tree.pages) * tree.page_tokens + (
         sum(t.shape[1] for t in tree.lists) + tree.top.shape[1] if keep else 0
     )
-    step = max(1, CHUNK // (len(units) * width))
+    step = max(1, CHUNK // max(1, len(units) * width))
     parts = []
     for start in range(0, units.shape[1], step):
         span = slice(start, start + step)
@@ -287,7 +289,7 @@ def attend_choice(
     width = choice.pages.shape[-1] * tree.page_tokens
     if valid is not None:
         index = choice.pages.clamp(min=0).flatten(1)[..., None].expand(-1, -1, tree.page_tokens)
-        seen = valid.expand(groups, -1, -1).gather(1, index).view(groups, -1, width)
+        seen = valid.expand(groups, -1, -1).gather(1, index).view(groups, units.shape[1], width)
         bias = torch.zeros(seen.shape, dtype=wide, device=units.device).masked_fill_(~seen, -torch.inf)
     head_bias = None
     if choice.rest:

@@ -164,7 +164,7 @@ def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, bea
     query = bank.queries(query)
     level = len(tree.children)
     seen = tree.top[block]  # [U, cells]
-    by_key = query.view(len(bank.keys[level]), -1, query.shape[-1])
+    by_key = query.reshape(len(bank.keys[level]), -1, query.shape[-1])
     scores = by_key @ bank.keys[level].mT
     scores += bank.bias[level][:, None]
     scores = scores.view(len(query), len(block), -1).masked_fill_(~seen, -torch.inf)
@@ -174,7 +174,7 @@ def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, bea
         last = level == (1 if tree.pages_per_cell == 1 else 0)
         chosen = top(scores, min(open if last else beam, scores.shape[-1]))
         if keep:
-            closed = scores > -torch.inf
+            closed = scores != -torch.inf  # one that is not a number is not lost
             spare = torch.nn.functional.pad(closed, (0, 1))
             spare.scatter_(-1, torch.where(chosen == EMPTY, scores.shape[-1], chosen), False)
             rest.append(Cells(level, number, spare[..., :-1]))

@@ -188,7 +188,8 @@ class OpenedStream:
             states.append(near)
         shape = self._shape(at // self.block + 1, query.device)
         if shape is not None and self.part != "near":
-            states.append(self._far(cache, *shape, query, at, scale, level_bias))
+            with exactly(query.device):
+                states.append(self._far(cache, *shape, query, at, scale, level_bias))
         if not states:
             nothing = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
             return AttentionState(torch.zeros_like(query), nothing)

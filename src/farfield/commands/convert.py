@@ -1,0 +1,130 @@
+"""``farfield convert``: a pretrained model on multipole attention, without training."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farfield.commands.options import device_option, in_words, probe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+__all__ = ["convert_command"]
+
+_DEFAULT_KEYS = 0.12
+
+
+def convert_command(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder of Transformers, or a GGUF file of a Llama.")
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option("--text", help="Calibration text like what the model will read, plain or .xz; repeatable."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the converted model.")],
+    keys: Annotated[
+        float | None,
+        typer.Option(help=f"Keys read per query, as a share of the mean context. [default: {_DEFAULT_KEYS}]"),
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Instead of --keys: the highest estimated divergence, in nats per token.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of context to calibrate and count at.")] = 8192,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of --length tokens from every text.")] = 1,
+    queries: Annotated[int, typer.Option(min=1, help="Queries sampled in each window.")] = 64,
+    dense_layers: Annotated[str, typer.Option(metavar="N,N", help="Layers that stay exact.")] = "",
+    share: Annotated[
+        int | None, typer.Option(min=1, help="Most queries that share a choice; 1 allows decoding with a cache.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampled queries; equal seeds choose alike.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
+) -> None:
+    """Give every head the cheapest far field that keeps the model's answers, as calibration text shows them.
+
+    Writes a folder that from_pretrained reads (attn_implementation="farfield"), with conversion.json: the settings
+    offered and chosen, keys read and estimated errors by layer. Nothing is trained.
+    """
+    from rich.console import Console
+
+    from farfield.interop.transformers import texts
+    from farfield.interop.transformers.convert import convert, save
+    from farfield.interop.transformers.pretrained import read
+
+    if keys is None and error is None:
+        keys = _DEFAULT_KEYS
+    exact = _numbers(dense_layers)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise ValueError(f"{out} is not empty; give another --out")
+    place = device_option(device)
+    read_texts = {path: texts.read_text(path) for path in text}
+    probe(out)
+    console = Console(highlight=False)
+    start = time.perf_counter()
+    with console.status("reading the model") if console.is_terminal else nullcontext():
+        pretrained = read(model, place)
+    spans: list[Tensor] = []
+    for path, content in read_texts.items():
+        spans += texts.spread(pretrained.tokenizer, content, length, windows, seed, str(path))
+    with _Progress(console) as told:
+        conversion = convert(
+            pretrained.model, spans, keys=keys, error=error, dense_layers=exact, max_share=share, queries=queries,
+            seed=seed, progress=told,
+        )  # fmt: skip
+    save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text])
+    report = conversion.report
+    heads = [len(layer["settings"]) for layer in report["layers"]]
+    alone = sum(layer["settings"].count(0) for layer in report["layers"])
+    console.print(
+        f"{report['keys']:.1%} of {length:,} tokens' keys are read, estimated divergence "
+        f"{report['estimated_divergence']:.4f} nats per token; {alone} of {sum(heads)} heads see no far field "
+        f"({in_words(time.perf_counter() - start)})",
+        soft_wrap=True,
+    )
+    console.print(f"written to {out}; measure it with: farfield eval {out} --against {model}", soft_wrap=True)
+
+
+def _numbers(text: str) -> list[int]:
+    """[0, 1] from ``0,1``."""
+    pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
+    if not all(piece.isdecimal() for piece in pieces):
+        raise ValueError(f"{text!r} are no layers; write their numbers like 0,1")
+    return [int(piece) for piece in pieces]
+
+
+class _Progress:
+    """Told of every step: a bar on a terminal, a line for every quarter of a stage elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = console
+        self.bar: Any = None
+        self.tasks: dict[str, Any] = {}
+        if console.is_terminal:
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self.bar = Progress(*columns, console=console)
+
+    def __enter__(self) -> _Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.bar is None:
+            if done * 4 // total > (done - 1) * 4 // total:
+                self.console.print(f"{stage}: {done} of {total}")
+            return
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=total)
+        self.bar.update(self.tasks[stage], completed=done)

@@ -1,0 +1,203 @@
+"""ByHead: every group of heads has a pyramid of its own, and some heads have none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from farfield.far.pyramid import Pyramid
+from farfield.geometry import integers, per_axis
+from farfield.near.blocks import Blocks
+from farfield.ops.multipole import multipole_attention
+from farfield.ops.state import AttentionState, merge_states
+from farfield.parts import FarPart, Inputs, LayerSpec, Part
+from farfield.streaming import StreamModule, StreamSpec
+
+__all__ = ["ByHead", "Group"]
+
+Group = tuple[tuple[int, ...], Pyramid]
+"""Query heads and the far field that they share the settings of."""
+
+
+@dataclass(frozen=True)
+class ByHead(FarPart):
+    """Groups of query heads, each with its own :class:`farfield.far.Pyramid`, beside one near field of blocks.
+
+    Heads differ in how much of the context they read and how sharply, so equal settings for all of them waste keys on
+    some and starve others. A head that is in no group sees the near field and the sinks only. Needs
+    ``near=Blocks(...)`` and ``merge="softmax"``. Causal-safe where its pyramids are.
+
+    Args:
+        groups: pairs of query heads and their pyramid; no head twice. Parameters of a pyramid (learned summaries, a
+            level bias) are made for the heads of its group.
+        sinks: leading tokens that every head sees exactly; all pyramids must have the same number. None for theirs (0
+            without groups).
+    """
+
+    groups: tuple[Group, ...] = ()
+    sinks: int | None = None
+
+    def __post_init__(self) -> None:
+        groups = []
+        for entry in self.groups:
+            if len(entry) != 2 or not isinstance(entry[1], Pyramid):
+                raise TypeError(f"ByHead(groups=...): pairs (heads, far.Pyramid(...)) would be accepted, got {entry!r}")
+            heads = integers(entry[0], "heads of a ByHead group")
+            if not heads or min(heads) < 0:
+                raise ValueError(f"ByHead: a group's heads are {heads}; one or more numbers from 0 on are needed")
+            groups.append((heads, entry[1]))
+        object.__setattr__(self, "groups", tuple(groups))
+        twice = sorted(head for head, times in Counter(h for hs, _ in groups for h in hs).items() if times > 1)
+        if twice:
+            raise ValueError(f"ByHead: heads {twice} are in more than one place; a head has one far field")
+        sinks = {pyramid.sinks for _, pyramid in groups} | (set() if self.sinks is None else {self.sinks})
+        if len(sinks) > 1:
+            raise ValueError(
+                f"ByHead: sinks of {sorted(sinks)} tokens; the near field sees them once for all heads, so all "
+                "pyramids (and sinks=) need the same number"
+            )
+        (count,) = sinks or {0}
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"ByHead(sinks={count!r}): a number of leading tokens >= 0 would be accepted")
+        object.__setattr__(self, "sinks", count)
+
+    @property
+    def opens(self) -> bool:
+        """Whether any group opens cells."""
+        return any(pyramid.open for _, pyramid in self.groups)
+
+    @property
+    def takes_dropout(self) -> bool:  # type: ignore[override]
+        """Where nothing is opened."""
+        return not self.opens
+
+    @property
+    def causal_safe(self) -> bool:
+        """Whether no output depends on a later token when built causal."""
+        return all(pyramid.causal_safe for _, pyramid in self.groups)
+
+    why_not_causal = Pyramid.why_not_causal
+
+    @property
+    def cost(self) -> str:
+        """Score computations for n tokens."""
+        return " + ".join(f"{len(heads)} heads: {pyramid.cost}" for heads, pyramid in self.groups) or "0"
+
+    def fuses(self, near: Part | None, merge: str) -> bool:
+        """The near field is computed once, and every group's far field is merged into its heads."""
+        return isinstance(near, Blocks) and merge == "softmax"
+
+    def check(self, spec: LayerSpec, near: Part | None = None) -> None:
+        """See :class:`farfield.parts.Part`."""
+        if not isinstance(near, Blocks):
+            raise ValueError(
+                f"far={self!r} with near={near!r}: its interaction lists are the complement of leaf blocks; "
+                "use near=Blocks(...)"
+            )
+        beyond = sorted(h for heads, _ in self.groups for h in heads if h >= spec.num_heads)
+        if beyond:
+            raise ValueError(f"ByHead names heads {beyond} in a layer of {spec.num_heads}: 0 to {spec.num_heads - 1}")
+        for _, pyramid in self.groups:
+            pyramid.check(spec, near)
+
+    def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
+        """Refused: heads without a group have no far field that could stand alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"far={self!r} is computed together with its near field: use merge='softmax'")
+
+    def build_fused(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
+        """Near and far field together."""
+        self.check(spec, near)
+        assert isinstance(near, Blocks)
+        return _ByHead(self, spec, near)
+
+
+class _ByHead(StreamModule):
+    def __init__(self, options: ByHead, spec: LayerSpec, near: Blocks) -> None:
+        super().__init__()
+        self.options = options
+        self.block = per_axis(near.block, spec.dims, "Blocks.block")
+        self.heads = [list(heads) for heads, _ in options.groups]
+        self.kv_heads = [_key_heads(heads, spec.num_heads // spec.num_kv_heads) for heads in self.heads]
+        self.parts = nn.ModuleList()
+        for heads, kv_heads, (_, pyramid) in zip(self.heads, self.kv_heads, options.groups, strict=True):
+            alone = replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads))
+            self.parts.append(pyramid.build_far(alone, near))
+
+    def forward(self, inputs: Inputs) -> AttentionState:
+        """The attention state of near and far field."""
+        sinks = self.options.sinks
+        assert sinks is not None
+        near = AttentionState(
+            *multipole_attention(
+                inputs.rotated_q,
+                inputs.rotated_k,
+                inputs.v,
+                grid=inputs.grid,
+                block=self.block,
+                rank=1,
+                causal=inputs.causal,
+                key_mask=inputs.key_mask,
+                cu_seqlens=inputs.cu_seqlens,
+                scale=inputs.scale,
+                sinks=sinks,
+                dropout=inputs.dropout,
+                return_lse=True,
+                part="near",
+            )
+        )
+        if not self.heads:
+            return near
+        far = [
+            part(self._of_heads(inputs, heads, kv_heads))
+            for heads, kv_heads, part in zip(self.heads, self.kv_heads, self.parts, strict=True)
+        ]
+        index = torch.tensor([head for heads in self.heads for head in heads], device=inputs.q.device)
+        joint = merge_states(
+            AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)),
+            AttentionState(torch.cat([state.out for state in far], 1), torch.cat([state.lse for state in far], 1)),
+        )
+        return AttentionState(
+            near.out.index_copy(1, index, joint.out.to(near.out.dtype)), near.lse.index_copy(1, index, joint.lse)
+        )
+
+    def _of_heads(self, inputs: Inputs, heads: list[int], kv_heads: list[int]) -> Inputs:
+        """The inputs of a group: its queries, and the keys and values that they read."""
+        return replace(
+            inputs,
+            q=_take(inputs.q, heads),
+            k=_take(inputs.k, kv_heads),
+            v=_take(inputs.v, kv_heads),
+        )
+
+    def why_no_stream(self, spec: StreamSpec) -> str | None:
+        """See :class:`farfield.streaming.StreamModule`."""
+        return "heads with far fields of their own (ByHead) have no decode state yet; one Pyramid for all heads has one"
+
+    def extra_repr(self) -> str:
+        """What was asked for."""
+        return f"{self.options!r}"
+
+
+def _key_heads(heads: list[int], group: int) -> list[int]:
+    """The key heads of a selection, so that consecutive query heads share them evenly.
+
+    Each once where all of them are read by equally many consecutive query heads; otherwise one for every query head.
+    """
+    read = [head // group for head in heads]
+    once = list(dict.fromkeys(read))
+    times = len(read) // len(once)
+    return once if read == [head for head in once for _ in range(times)] else read
+
+
+def _take(x: Tensor, heads: list[int]) -> Tensor:
+    """[B, H, N, D] -> the heads of these numbers."""
+    if heads == list(range(x.shape[1])):
+        return x
+    return x.index_select(1, torch.tensor(heads, device=x.device))

@@ -1,0 +1,162 @@
+"""How many keys a setting reads, and how many vectors a decode with it has to keep; counted, not measured.
+
+The rule: a key is read when its token or its cell is scored, by a query, or by a choice, which is divided by the
+queries that share it. A cell with bounds has two vectors and counts twice. Relative figures are shares of the mean
+causal context, (N + 1) / 2 keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from farfield.far import ByHead, Pyramid
+from farfield.geometry import default_levels, geometry
+from farfield.near import Blocks, Dense
+from farfield.recipes import Parts
+
+__all__ = ["context", "kept_vectors", "keys_by_head", "keys_of", "near_keys"]
+
+Numbers = npt.NDArray[np.float64]
+
+
+def context(length: int) -> float:
+    """Keys that a query of exact causal attention reads on average."""
+    return (length + 1) / 2
+
+
+def near_keys(length: int, block: int, sinks: int) -> float:
+    """Mean keys of blocks and sinks: what a head without far field reads."""
+    index = np.arange(length)
+    start = _start(index, block)
+    return float((index - start + 1 + np.minimum(sinks, start)).mean())
+
+
+def keys_of(pyramid: Pyramid, length: int, block: int) -> float:
+    """Mean keys that a causal query reads through a pyramid, beside near field and sinks.
+
+    A page that sinks share counts whole, so that the figure is exact wherever ``page`` divides ``sinks`` (otherwise
+    it can be too high by a page).
+
+    Raises:
+        ValueError: for settings that are not counted: opened cells of several levels, pooled queries.
+    """
+    rank, levels = _integer(pyramid.rank, "rank"), pyramid.levels
+    if pyramid.query_rank is not None:
+        raise ValueError(f"the keys of pooled queries are not counted: {pyramid!r}")
+    most = default_levels((length,), (block,))
+    levels = most if levels is None else min(levels, most)
+    if levels == 0:
+        return 0.0
+    if not pyramid.open and pyramid.rest == "keep":
+        return _plain(length, block, rank, levels)
+    if levels > 1:
+        raise ValueError(f"the keys of cells opened on {levels} levels are not counted, on levels=1 they are")
+    if not pyramid.open:
+        return 0.0
+    cell = block // rank
+    page = cell if pyramid.page is None else _integer(pyramid.page, "page")
+    per_cell = cell // page
+    vectors = 2 if pyramid.choose == "bounds" else 1
+    index = np.arange(length)
+    start = _start(index, block)
+    cells = start // cell
+    readable = np.maximum(start - pyramid.sinks, 0)
+    used = cells - np.minimum(cells, pyramid.sinks // cell)  # cells that hold more than sinks
+    beam = pyramid.open if pyramid.beam is None or per_cell == 1 else pyramid.beam
+    entered = np.minimum(used, beam)
+    chosen = vectors * cells
+    if per_cell > 1:
+        chosen = chosen + vectors * entered * per_cell
+    opened = np.minimum(np.minimum(pyramid.open * page, entered * cell), readable)
+    # Choices are made once for a run of queries, and the last run may be short.
+    first = index % pyramid.share == 0
+    total = chosen[first].sum() + opened.sum()
+    if pyramid.rest == "keep":
+        closed = used - entered
+        if per_cell > 1:
+            pages = entered * per_cell
+            closed = closed + np.maximum(pages - pyramid.open, 0)
+        total = total + closed.sum()
+    return float(total / length)
+
+
+def keys_by_head(parts: Parts, heads: int, length: int) -> Numbers:
+    """[heads] mean keys per query of every head of a layer.
+
+    Raises:
+        ValueError: for parts whose keys are not counted.
+    """
+    if isinstance(parts.near, Dense) and parts.far is None:
+        return np.full(heads, context(length))
+    if not isinstance(parts.near, Blocks):
+        raise ValueError(f"the keys that near={parts.near!r} reads are not counted; Blocks and Dense are")
+    block = _integer(parts.near.block, "block")
+    groups, sinks = _groups(parts.far, heads)
+    counted = np.full(heads, near_keys(length, block, sinks))
+    for of_group, pyramid in groups:
+        counted[list(of_group)] += keys_of(pyramid, length, block)
+    return counted
+
+
+def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
+    """Vectors per layer that decoding at ``length`` tokens has to keep: keys, values and what choices score.
+
+    A key head that no opened group reads keeps two blocks and the sinks, and the summaries of its plain pyramids.
+
+    Raises:
+        ValueError: for parts that are not counted.
+    """
+    if isinstance(parts.near, Dense) and parts.far is None:
+        return 2 * kv_heads * length
+    if not isinstance(parts.near, Blocks):
+        raise ValueError(f"what near={parts.near!r} keeps is not counted; Blocks and Dense are")
+    block = _integer(parts.near.block, "block")
+    groups, sinks = _groups(parts.far, heads)
+    total = 0
+    for head in range(kv_heads):
+        readers = {p for of_group, p in groups if any(h * kv_heads // heads == head for h in of_group)}
+        opened = [p for p in readers if p.open]
+        total += 2 * (length if opened else min(length, sinks + 2 * block))
+        scored = set()
+        for p in opened:
+            sides = {block // _integer(p.rank, "rank")} | (set() if p.page is None else {_integer(p.page, "page")})
+            scored |= {(side, p.choose) for side in sides}
+        total += sum((2 if choose == "bounds" else 1) * (length // side) for side, choose in scored if side > 1)
+        for p in readers - set(opened):
+            shape = geometry((length,), (block,), (_integer(p.rank, "rank"),), p.levels)
+            groups_seen = sum(shape.far_list(level, True).shape[1] for level in range(1, shape.levels + 1))
+            total += 2 * groups_seen * shape.rank[0]
+    return total
+
+
+def _groups(far: Any, heads: int) -> tuple[list[tuple[tuple[int, ...], Pyramid]], int]:
+    if far is None:
+        return [], 0
+    if isinstance(far, Pyramid):
+        return [(tuple(range(heads)), far)], far.sinks
+    if isinstance(far, ByHead):
+        return list(far.groups), far.sinks or 0
+    raise ValueError(f"the keys that far={far!r} reads are not counted; Pyramid and ByHead are")
+
+
+def _plain(length: int, block: int, rank: int, levels: int) -> float:
+    shape = geometry((length,), (block,), (rank,), levels)
+    queries = np.bincount(np.arange(length) // block)
+    lists = [(shape.far_list(n, True)[shape.group_of_block(n)] >= 0).sum(1) for n in range(1, levels + 1)]
+    return float((queries * sum(lists) * rank).sum() / length)
+
+
+def _start(index: npt.NDArray[np.int64], block: int) -> npt.NDArray[np.int64]:
+    """The first token of each query's near field."""
+    return np.maximum((index // block - 1) * block, 0)
+
+
+def _integer(value: int | tuple[int, ...], name: str) -> int:
+    if isinstance(value, int):
+        return value
+    if len(value) != 1:
+        raise ValueError(f"{name}={value!r}: keys are counted in sequences, with one number")
+    return value[0]

@@ -1,0 +1,101 @@
+"""Settings by layer and head, as a converted model's config holds them: numbers and lists that JSON can say.
+
+``config.farfield`` is then ``{"recipe": "converted", "options": {"block": 64, "sinks": 16, "layers": [...]}}`` with one
+entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads in no group see
+the near field and the sinks only. No group has parameters, so that plain ``from_pretrained`` reads such a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from farfield.far import ByHead, Pyramid
+from farfield.near import Blocks, Dense
+from farfield.recipes import Parts
+
+__all__ = ["CONVERTED", "check", "group_of", "layer_parts", "setting_of_layer"]
+
+CONVERTED = "converted"
+"""The name that stands where a recipe's does."""
+
+_OPTIONS = ("block", "sinks", "layers")
+_SETTINGS = ("rank", "levels", "count_bias", "open", "beam", "page", "share", "rest", "choose")
+_DEFAULTS = {f.name: f.default for f in fields(Pyramid) if f.name in _SETTINGS}
+
+
+def group_of(heads: list[int], pyramid: Pyramid) -> dict[str, Any]:
+    """A group as the config holds it: what differs from the pyramid's defaults.
+
+    Raises:
+        ValueError: for a pyramid with parameters, which has no place there.
+    """
+    if pyramid.summary != "mean" or pyramid.bias is not None or pyramid.query_rank is not None:
+        raise ValueError(f"{pyramid!r}: summary='mean', bias=None and query_rank=None would be accepted")
+    named = {name: getattr(pyramid, name) for name in _SETTINGS}
+    return {"heads": list(heads), **{k: v for k, v in named.items() if v != _DEFAULTS[k]}}
+
+
+def check(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with defaults filled in.
+
+    Raises:
+        TypeError: for an unknown option, or layers that are no list.
+        ValueError: for a layer that makes no sense.
+    """
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown or not isinstance(options.get("layers"), list | tuple):
+        raise TypeError(
+            f"settings by layer are block=, sinks= and layers= (a list, one entry per layer); got {sorted(options)}, "
+            f"layers of type {type(options.get('layers')).__name__}"
+        )
+    whole = {"block": 64, "sinks": 16, **options}
+    for layer in range(len(whole["layers"])):
+        layer_parts(**setting_of_layer(whole, layer))
+    return whole
+
+
+def setting_of_layer(options: dict[str, Any], layer: int) -> dict[str, Any]:
+    """What :func:`layer_parts` takes for one layer; hashable where its items are.
+
+    Raises:
+        ValueError: for a layer that the settings do not have.
+    """
+    entries = options["layers"]
+    if layer >= len(entries):
+        raise ValueError(f"the model has a layer {layer}, and settings for {len(entries)} layers only")
+    entry = entries[layer]
+    groups = entry if isinstance(entry, str) else tuple(tuple(_frozen(group).items()) for group in entry)
+    return {"block": options.get("block", 64), "sinks": options.get("sinks", 16), "groups": groups}
+
+
+def _frozen(group: Any) -> dict[str, Any]:
+    if not isinstance(group, dict):
+        raise TypeError(f"a group of heads is {group!r}: a dict with 'heads' and a pyramid's settings is needed")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
+
+
+def layer_parts(block: int, sinks: int, groups: str | tuple[Any, ...]) -> Parts:
+    """The parts of one layer.
+
+    Args:
+        block: tokens of a leaf block.
+        sinks: leading tokens that are always seen.
+        groups: "dense", or for every group the items of its settings.
+
+    Raises:
+        ValueError, TypeError: for settings that make no sense, with the reason.
+    """
+    if isinstance(groups, str):
+        if groups != "dense":
+            raise ValueError(f"settings of a layer are {groups!r}: 'dense' or a list of groups would be accepted")
+        return Parts(near=Dense(), far=None, merge="softmax")
+    made = []
+    for items in groups:
+        setting = dict(items)
+        heads = setting.pop("heads", ())
+        unknown = sorted(set(setting) - set(_SETTINGS))
+        if unknown:
+            raise ValueError(f"a group of heads has settings {unknown}; heads and {', '.join(_SETTINGS)} are known")
+        made.append((heads, Pyramid(summary="mean", bias=None, sinks=sinks, **setting)))
+    return Parts(near=Blocks(block), far=ByHead(tuple(made), sinks=sinks), merge="softmax")

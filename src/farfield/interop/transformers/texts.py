@@ -1,0 +1,92 @@
+"""Windows of token ids from text files."""
+
+from __future__ import annotations
+
+import lzma
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["first_token", "read_text", "spread", "windows"]
+
+_CHARACTERS = 6
+"""Characters per token to begin with; where they are too few, more are read."""
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, plain or .xz.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it cannot be read as text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no text file {path}")
+    try:
+        if path.suffix == ".xz":
+            with lzma.open(path, "rt", encoding="utf-8") as file:
+                return file.read()
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} is no text in UTF-8 (plain or .xz): {error}") from error
+
+
+def first_token(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before every text, if any."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    ids = tokenizer("a").input_ids
+    return [begin] if begin is not None and ids and ids[0] == begin else []
+
+
+def windows(tokenizer: Any, text: str, length: int, number: int, name: str = "the text") -> list[Tensor]:
+    """Consecutive windows of ``length`` token ids from the start of a text, at most ``number``.
+
+    Each begins with the tokenizer's first token, where it has one.
+
+    Raises:
+        ValueError: for a text with less than one window.
+    """
+    begin = first_token(tokenizer)
+    inside = length - len(begin)
+    ids = _ids(tokenizer, text, inside * number)
+    found = [torch.tensor(begin + ids[i * inside : (i + 1) * inside]) for i in range(min(number, len(ids) // inside))]
+    if not found:
+        raise ValueError(f"{name} has {len(ids):,} tokens: {inside:,} are needed for one window")
+    return found
+
+
+def spread(tokenizer: Any, text: str, length: int, number: int, seed: int, name: str = "the text") -> list[Tensor]:
+    """``number`` windows of ``length`` token ids from places spread over a text, drawn by ``seed``.
+
+    Raises:
+        ValueError: for a text with less than one window.
+    """
+    draw = random.Random(seed)
+    taken = []
+    part = len(text) // number
+    for i in range(number):
+        # Room behind the place for a window, as far as the text has it.
+        last = max(i * part, min((i + 1) * part, len(text) - 2 * _CHARACTERS * length))
+        start = draw.randint(i * part, last)
+        # From the next line on: no word is cut.
+        start = max(text.find("\n", start) + 1, 0) if start else 0
+        try:
+            taken += windows(tokenizer, text[start:], length, 1, name)
+        except ValueError:
+            taken += windows(tokenizer, text[i * part :], length, 1, name)
+    return taken
+
+
+def _ids(tokenizer: Any, text: str, needed: int) -> list[int]:
+    """At least ``needed`` ids of the start of a text, or all that it has."""
+    characters = _CHARACTERS * needed + 1000
+    while True:
+        ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False).input_ids
+        # The last word may be cut, so a few of its tokens do not count.
+        if len(ids) >= needed + 16 or characters >= len(text):
+            return ids
+        characters *= 2

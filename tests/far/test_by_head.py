@@ -1,0 +1,134 @@
+"""Pyramids by head: one group of all heads is a plain pyramid, no group is the near field, and heads stay apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import farfield as ff
+from farfield.attention import ReadyAttention
+from farfield.far import ByHead, Pyramid
+from farfield.near import Blocks
+from farfield.ops.multipole import multipole_attention
+from farfield.parts import Inputs, LayerSpec
+
+SPEC = LayerSpec(dim=24, num_heads=6, num_kv_heads=2, head_dim=4, causal=True, dims=1)
+PLAIN = Pyramid(2, summary="mean", bias=None, sinks=3)
+OPENED = Pyramid(
+    2, summary="mean", bias=None, sinks=3, levels=1, open=3, beam=2, page=2, share=2, rest="drop", choose="bounds"
+)
+
+
+def inputs(number: int = 90, causal: bool = True, **more: Any) -> Inputs:
+    q = torch.randn(2, 6, number, 4, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, number, 4, dtype=torch.float64) for _ in range(2))
+    return Inputs(q=q, k=k, v=v, x=q.new_empty(2, number, 0), grid=(number,), causal=causal, scale=0.9, **more)
+
+
+def attend(far: Any, given: Inputs) -> Tensor:
+    spec = LayerSpec(24, 6, 2, 4, causal=given.causal)
+    return ReadyAttention(spec, near=Blocks(8), far=far).double().attend(given)
+
+
+def cases() -> list[Inputs]:
+    mask = torch.rand(2, 90) < 0.8
+    bounds = torch.tensor([0, 37, 90])
+    return [
+        inputs(),
+        inputs(causal=False),
+        inputs(11),
+        inputs(key_mask=mask),
+        inputs(cu_seqlens=bounds),
+    ]
+
+
+@pytest.mark.parametrize("pyramid", [PLAIN, OPENED], ids=["plain", "opened"])
+def test_one_group_of_all_heads_is_a_plain_pyramid(pyramid: Pyramid) -> None:
+    for given in cases():
+        expected = attend(pyramid, given)
+        torch.testing.assert_close(attend(ByHead((((0, 1, 2, 3, 4, 5), pyramid),)), given), expected)
+        # In another order, keys are repeated instead of shared.
+        torch.testing.assert_close(attend(ByHead((((5, 0, 2, 1, 4, 3), pyramid),)), given), expected)
+
+
+def test_every_head_gets_its_own() -> None:
+    """Heads of one key head in different groups, some in none."""
+    far = ByHead((((4, 0), OPENED), ((3, 1), PLAIN)))
+    for given in cases():
+        out = attend(far, given)
+        near = multipole_attention(
+            given.q, given.k, given.v, block=8, rank=1, causal=given.causal, key_mask=given.key_mask,
+            cu_seqlens=given.cu_seqlens, scale=given.scale, sinks=3, part="near",
+        )  # fmt: skip
+        for heads, expected in (([0, 4], attend(OPENED, given)), ([1, 3], attend(PLAIN, given)), ([2, 5], near)):
+            torch.testing.assert_close(out[:, heads], expected[:, heads])
+        if given.q.shape[2] > 16:
+            assert not torch.allclose(out[:, [0, 1, 3, 4]], near[:, [0, 1, 3, 4]])
+    torch.testing.assert_close(attend(ByHead(sinks=3), given), near)
+
+
+def test_gradients_are_those_of_the_heads_alone() -> None:
+    given = inputs()
+    leaves = [x.requires_grad_() for x in (given.q, given.k, given.v)]
+    weight = torch.randn_like(given.q)
+    got = torch.autograd.grad((attend(ByHead((((4, 0), OPENED), ((3, 1), PLAIN))), given) * weight).sum(), leaves)
+    total: list[Tensor] = []
+    for heads, far in (([0, 4], OPENED), ([1, 3], PLAIN), ([2, 5], ByHead(sinks=3))):
+        alone = (attend(far, given)[:, heads] * weight[:, heads]).sum()
+        grads = torch.autograd.grad(alone, leaves)
+        total = list(grads) if not total else [a + b for a, b in zip(total, grads, strict=True)]
+    for a, b in zip(got, total, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_head_sees_the_future() -> None:
+    given, far = inputs(), ByHead((((4, 0), OPENED), ((3, 1), PLAIN)))
+    before = attend(far, given)
+    given.k[:, :, 50:] += 5.0
+    given.v[:, :, 50:] -= 3.0
+    after = attend(far, given)
+    torch.testing.assert_close(after[:, :, :50], before[:, :, :50])
+    assert not torch.allclose(after[:, :, 50:], before[:, :, 50:])
+
+
+def test_parameters_belong_to_the_heads_of_a_group() -> None:
+    far = ByHead((((0, 1, 3), Pyramid(2)), ((2,), Pyramid(4, summary="mean"))))
+    layer = ff.Attention(24, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4)
+    shapes = {name: tuple(p.shape) for name, p in layer.far.named_parameters()}
+    assert shapes["parts.0.level_bias"][1] == 3
+    assert shapes["parts.1.level_bias"][1] == 1
+    layer(torch.randn(2, 90, 24)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    with pytest.raises(ValueError, match=r"\(ByHead\) have no decode state"):
+        layer.stream()
+
+
+def test_parts_compare_and_print() -> None:
+    far = ByHead([([0, 1], OPENED)])  # type: ignore[arg-type, list-item]
+    assert far == ByHead((((0, 1), OPENED),), sinks=3)
+    assert hash(far) == hash(ByHead((((0, 1), OPENED),)))
+    assert eval(repr(far), {"ByHead": ByHead, "Pyramid": Pyramid}) == far
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ByHead((((0, 1), PLAIN), ((1,), OPENED))), r"heads \[1\] are in more than one place"),
+        (lambda: ByHead((((0,), PLAIN), ((1,), Pyramid(2)))), r"sinks of \[0, 3\]"),
+        (lambda: ByHead((((0,), PLAIN),), sinks=4), r"sinks of \[3, 4\]"),
+        (lambda: ByHead(sinks=-1), r"sinks=-1"),
+        (lambda: ByHead((((), PLAIN),)), "one or more numbers"),
+        (lambda: ByHead((((6,), PLAIN),)).check(SPEC, Blocks(8)), r"heads \[6\] in a layer of 6"),
+        (lambda: ByHead((((0,), PLAIN),)).check(SPEC, ff.near.Dense()), r"use near=Blocks"),
+        (lambda: ByHead((((0,), Pyramid(3)),)).check(SPEC, Blocks(8)), "rank=3"),
+        (lambda: ByHead().build(SPEC, Blocks(8)), "merge='softmax'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+    with pytest.raises(TypeError, match="pairs"):
+        ByHead((((0,), Blocks(8)),))  # type: ignore[arg-type]

@@ -1,0 +1,295 @@
+"""Conversion: the budget, what is counted, errors by the operator's own choice, and models that come out of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
+
+from farfield.far import ByHead, Pyramid  # noqa: E402 (needs what was checked above)
+from farfield.interop.transformers import register  # noqa: E402
+from farfield.interop.transformers.budget import allocate  # noqa: E402
+from farfield.interop.transformers.calibrate import (  # noqa: E402
+    fisher,
+    menu_errors,
+    near_tokens,
+    opened_tokens,
+    sampled,
+    watched,
+)
+from farfield.interop.transformers.convert import convert, save  # noqa: E402
+from farfield.interop.transformers.evaluate import Result, cost_of, loss, measure  # noqa: E402
+from farfield.interop.transformers.keys import context, kept_vectors, keys_by_head, keys_of, near_keys  # noqa: E402
+from farfield.interop.transformers.menu import MENU, setting  # noqa: E402
+from farfield.near import Blocks, Dense  # noqa: E402
+from farfield.ops.opened import opened_attention  # noqa: E402
+from farfield.ops.opened.tree import make_tree  # noqa: E402
+from farfield.recipes import Parts  # noqa: E402
+from support.tiny_models import answer, make, tokens  # noqa: E402
+
+register()
+
+SMALL = tuple(
+    replace(p, sinks=3)
+    for p in (
+        setting(2, 1, 3),
+        setting(2, 4, 3, beam=4, page=1),
+        setting(4, 2, 5),
+        setting(2, 2, 7, beam=2, page=2),
+    )
+)
+EXACT = replace(setting(4, 1, 500), sinks=3)
+"""Opens everything."""
+
+
+def heads(number: int, length: int, width: int = 8) -> Tensor:
+    return torch.randn(number, length, width)
+
+
+# The budget
+
+
+def test_the_allocation_is_the_best_for_what_it_spends() -> None:
+    """No choice of all has less error at no more keys; and the budget is used."""
+    keys = torch.tensor([1.0, 3.0, 4.0, 9.0])
+    errors = torch.rand(4, 2, 2) * torch.tensor([8.0, 3.0, 2.0, 0.0])[:, None, None]
+    every = torch.tensor(list(itertools.product(range(4), repeat=4))).view(-1, 2, 2)
+    spent = keys[every].mean((1, 2))
+    lost = errors[None].expand(len(every), -1, -1, -1).gather(1, every[:, None]).sum((1, 2, 3))
+    for budget in (1.0, 2.0, 3.5, 5.0, 9.0):
+        choice = allocate(errors, keys, budget=budget)
+        used, error = keys[choice].mean(), errors.gather(0, choice[None]).sum()
+        assert used <= budget
+        assert error <= lost[spent <= used].min() + 1e-6
+    for bound in (0.5, 3.0, 20.0):
+        choice = allocate(errors, keys, bound=bound)
+        used, error = keys[choice].mean(), errors.gather(0, choice[None]).sum()
+        assert error <= bound
+        assert used <= spent[lost <= error + 1e-6].min() + 1e-6
+    assert (allocate(errors, keys, budget=9.0) == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"budget": 0.5}, "least that can be had is 1.0"),
+        ({"bound": 0.5}, "least that these settings reach is 4"),
+        ({}, "exactly one"),
+        ({"budget": 1.0, "bound": 1.0}, "exactly one"),
+    ],
+)
+def test_what_cannot_be_kept_is_an_error(given: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        allocate(torch.ones(2, 2, 2), torch.tensor([1.0, 2.0]), **given)
+
+
+# What is counted
+
+
+@pytest.mark.parametrize("pyramid", SMALL, ids=lambda p: f"{p.rank}-{p.share}-{p.page}")
+@pytest.mark.parametrize("length", [5, 40, 101])
+def test_keys_are_those_that_the_operator_reads(pyramid: Pyramid, length: int) -> None:
+    """Tokens by the masks, cells by the tables of the descent, choices once for every run of queries."""
+    pyramid = replace(pyramid, sinks=4)  # a multiple of every page: the count is exact
+    positions = torch.arange(length)
+    near = near_tokens(length, positions, 8, 4)
+    assert near_keys(length, 8, 4) == pytest.approx(near.sum().item() / length)
+    q, k = heads(2, length), heads(1, length)
+    opened = opened_tokens(q, k, pyramid, positions=positions, block=8, scale=0.5)
+    assert not (opened & near).any()
+    read = opened[0].sum().item()
+    cell = 8 // pyramid.rank
+    page = pyramid.page or cell
+    if length > 16:
+        tree = make_tree((length,), (8,), (pyramid.rank,), 1, (page,), True, torch.device("cpu"))
+        assert tree is not None
+        for first in range(0, length, pyramid.share):
+            cells = int(tree.top[first // 8].sum())
+            read += 2 * cells
+            if page < cell:
+                entered = min(pyramid.beam, cells - min(cells, 4 // cell))
+                read += 2 * entered * cell // page
+    assert keys_of(pyramid, length, 8) == pytest.approx(read / length)
+
+
+def test_plain_pyramids_and_layers_are_counted() -> None:
+    """A cell of one token each: everything is read once."""
+    whole = Pyramid(8, summary="mean", bias=None, levels=1)
+    assert near_keys(90, 8, 0) + keys_of(whole, 90, 8) == pytest.approx(context(90))
+    parts = Parts(Blocks(8), ByHead((((1,), whole),), sinks=0))
+    assert keys_by_head(parts, 3, 90).tolist() == pytest.approx([near_keys(90, 8, 0), context(90), near_keys(90, 8, 0)])
+    assert keys_by_head(Parts(Dense()), 2, 90).tolist() == [45.5, 45.5]
+    with pytest.raises(ValueError, match="opened on 3 levels"):
+        keys_of(replace(SMALL[0], levels=3), 300, 8)
+
+
+def test_state_is_kept_where_cells_are_opened() -> None:
+    parts = Parts(Blocks(8), ByHead((((0, 1), SMALL[1]),), sinks=3))
+    # Key head 0 is read by heads 0 and 1: all tokens, bounds of cells of 4 (pages of 1 are the keys themselves).
+    assert kept_vectors(parts, 4, 2, 800) == 2 * 800 + 2 * 200 + 2 * (3 + 16)
+    assert kept_vectors(Parts(Dense()), 4, 2, 800) == 2 * 2 * 800
+
+
+# Errors
+
+
+@pytest.mark.parametrize("pyramid", [*SMALL, EXACT], ids=lambda p: f"{p.rank}-{p.share}-{p.page}")
+@pytest.mark.parametrize("length", [100, 117])
+def test_the_menu_sees_what_the_operator_opens(pyramid: Pyramid, length: int) -> None:
+    """Scores and values under the mask give the operator's output and log-sum-exp at the sampled queries."""
+    q, k, v = heads(4, length), heads(2, length), heads(2, length)
+    positions = sampled(length, 40, torch.Generator().manual_seed(1))
+    mask = opened_tokens(q, k, pyramid, positions=positions, block=8, scale=0.7)
+    out, lse = opened_attention(
+        q[None], k[None], v[None], block=8, rank=pyramid.rank, levels=1, open=pyramid.open, beam=pyramid.beam,
+        page=pyramid.page, share=pyramid.share, rest="drop", choose="bounds", causal=True, scale=0.7, sinks=3,
+        return_lse=True, part="far",
+    )  # fmt: skip
+    scores = q[:, positions] * 0.7 @ k.repeat_interleave(2, 0).mT
+    scores = scores.masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(scores.logsumexp(-1), lse[0][:, positions])
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    torch.testing.assert_close(weights @ v.repeat_interleave(2, 0), out[0][:, positions], rtol=1e-4, atol=1e-5)
+
+
+def test_errors_are_those_of_the_converted_output() -> None:
+    """0.5 d' F d with d from the operator itself; 0 where everything is opened."""
+    length = 100
+    q, k, v = heads(4, length), heads(2, length), heads(2, length)
+    positions = torch.arange(length)
+    half = torch.randn(4, 8, 8)
+    weight = half @ half.mT
+    menu = (None, *SMALL, EXACT)
+    errors = menu_errors(q, k, v, menu, weight, positions=positions, block=8, sinks=3, scale=0.7)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q[None], k[None], v[None], is_causal=True, scale=0.7, enable_gqa=True
+    )
+    for row, p in zip(errors, menu, strict=True):
+        options = {} if p is None else {"rank": p.rank, "beam": p.beam, "page": p.page, "share": p.share}
+        d = opened_attention(
+            q[None], k[None], v[None], block=8, levels=1, open=0 if p is None else p.open, rest="drop",
+            choose="bounds", causal=True, scale=0.7, sinks=3, **options,
+        )[0] - exact[0]  # fmt: skip
+        expected = 0.5 * torch.einsum("hnd,hde,hne->h", d, weight, d) / length
+        torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-6)
+    assert (errors[0] > 1e-3).all()
+
+
+def test_fisher_is_that_of_sampled_labels() -> None:
+    """The sum over all tokens of squared gradients, found again for one head by hand."""
+    model, ids = make("Llama"), tokens(40)
+    got = fisher(model, [ids], torch.Generator().manual_seed(3))
+    assert got.shape == (2, 4, 8, 8)
+    outs: dict[int, Tensor] = {}
+
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
+        outs[layer] = out
+
+    with watched(model, keep):
+        logits = model(ids[None]).logits[0]
+        labels = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
+        total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        g = torch.autograd.grad(total, outs[1])[0][0, 2]
+    torch.testing.assert_close(got[1, 2], g.T @ g / 40)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_models_that_do_not_see_everything_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer 0.*no plain causal attention.*sliding_window"):
+        convert(make("Mistral"), [tokens(100)], keys=0.5, menu=(None, *SMALL), block=8, queries=8, pieces=1)
+
+
+# Whole models
+
+
+def small(**arguments: Any) -> tuple[Any, Any]:
+    model = make("Llama")
+    menu = (None, *SMALL, EXACT)
+    given: dict[str, Any] = {"menu": menu, "block": 8, "sinks": 3, "queries": 16, "pieces": 2, **arguments}
+    windows = [torch.randint(3, 50, (160,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    return model, convert(model, windows, **given)
+
+
+def test_a_converted_model_keeps_its_budget_and_loads_plainly(tmp_path: Path) -> None:
+    steps = []
+    model, made = small(keys=0.5, progress=lambda *step: steps.append(step))
+    assert steps[0] == ("gradients", 1, 2)
+    assert steps[-1] == ("settings", 4, 4)
+    assert made.report["keys"] <= 0.5
+    assert made.report["estimated_divergence"] == pytest.approx(sum(x["error"] for x in made.report["layers"]))
+    cost = cost_of(model, 160)
+    assert cost is not None
+    assert cost.keys == pytest.approx(made.report["keys"], abs=1e-5)
+    save(model, None, made, tmp_path / "out", source="tiny")
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["source"] == "tiny"
+    assert report["layers"] == made.report["layers"]
+    ids = tokens(1, 160)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="farfield").eval()
+    got = answer(again, "farfield", input_ids=ids, use_cache=False)
+    assert torch.equal(got, answer(model, "farfield", input_ids=ids, use_cache=False))
+    assert not torch.allclose(got, answer(make("Llama"), "eager", input_ids=ids), atol=1e-3)
+
+
+def test_equal_seeds_choose_alike_and_more_keys_lose_less() -> None:
+    (_, a), (_, b), (_, c) = small(keys=0.5), small(keys=0.5), small(keys=0.8)
+    assert a == b
+    assert c.report["estimated_divergence"] < a.report["estimated_divergence"]
+
+
+def test_a_bound_is_kept_and_dense_layers_stay_exact() -> None:
+    model, made = small(error=1e-9, dense_layers=(1,))
+    assert made.options["layers"][1] == "dense"
+    assert made.report["layers"][1] == {"keys": 1.0, "error": 0.0, "settings": [-1] * 4}
+    ids = tokens(1, 160)
+    expected = answer(make("Llama"), "eager", input_ids=ids)
+    got = answer(model, "farfield", input_ids=ids)
+    assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_a_choice_of_ones_own_can_be_decoded() -> None:
+    model, _ = small(keys=0.6, max_share=1)
+    model.generate(tokens(1, 30), max_new_tokens=2, do_sample=False, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keys": 0.01}, "least that can be read"),
+        ({"keys": 0.5, "dense_layers": (0,)}, "with 1 dense layers of 2: the least that can be read is 0.5"),
+        ({"keys": 0.5, "dense_layers": (2,)}, "layers 0 to 1"),
+        ({"keys": 12.0}, "a share of the context"),
+        ({"keys": 0.5, "error": 0.1}, "exactly one"),
+        ({"error": -1.0}, "a divergence > 0"),
+        ({"keys": 0.5, "block": 64}, "more than 192 tokens"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**arguments)
+
+
+def test_perplexity_scores_all_tokens_but_the_first() -> None:
+    model, ids = make("Llama"), tokens(700)
+    logits = answer(model, "eager", input_ids=ids[None])[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).item()
+    model.set_attn_implementation("sdpa")
+    assert loss(model, ids) == pytest.approx(expected, rel=1e-4)
+    result = measure(model, ids, measure(model, ids, Result()))
+    assert result.windows == 2
+    assert math.log(result.perplexity) == pytest.approx(expected, rel=1e-4)
+    assert 0 < result.attention < result.seconds
+
+
+def test_the_menu_is_counted_and_offers_choices_of_ones_own() -> None:
+    assert all(p is None or keys_of(p, 8192, 64) > 0 for p in MENU)
+    assert any(p is not None and p.share == 1 for p in MENU)

@@ -1,0 +1,191 @@
+"""farfield convert and farfield eval on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402 (needs what was checked above)
+
+from farfield.cli import build_app  # noqa: E402
+from farfield.interop.transformers.evaluate import passkey, passkey_prompt  # noqa: E402
+from farfield.interop.transformers.texts import spread, windows  # noqa: E402
+from support.tiny_models import make  # noqa: E402
+
+LINES = "near field, far field, level, group, cell; what is near is seen, what is far is summed\n" * 60
+
+
+def tokenizer(begin: bool = False) -> Any:
+    """Every byte is a token, as if digits were split; with a first token if asked."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    built = Tokenizer(models.BPE({word: i for i, word in enumerate(["<s>", *bytes_])}, []))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    if begin:
+        from tokenizers.processors import TemplateProcessing
+
+        built.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make("Llama", vocab_size=257).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt.xz"
+    with lzma.open(path, "wt", encoding="utf-8") as file:
+        file.write(LINES)
+    return path
+
+
+@pytest.fixture
+def invoke() -> Callable[..., Result]:
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(build_app(), list(map(str, arguments)), env={"COLUMNS": "240", "NO_COLOR": "1"})
+
+    return run
+
+
+def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    out = tmp_path / "out"
+    made = invoke(
+        "convert", folder, "--text", text, "--keys", 0.85, "--length", 500, "--queries", 8, "--out", out,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "settings: 2 of 2" in made.output
+    report = json.loads((out / "conversion.json").read_text())
+    assert report["keys"] <= 0.85
+    assert report["texts"] == ["text.txt.xz"]
+    again = transformers.AutoTokenizer.from_pretrained(out)
+    assert again("far, near").input_ids == tokenizer()("far, near").input_ids
+
+    plot = tmp_path / "plot.png"
+    said = invoke(
+        "eval", out, "--against", folder, "--text", text, "--lengths", "300x2,500", "--windows", 1, "--passkey",
+        "--trials", 1, "--json", "--plot", plot, "--device", "cpu",
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    found = json.loads(said.stdout)
+    assert [(row["length"], row["windows"]) for row in found["texts"]] == [(300, 2), (500, 1)]
+    for row in found["texts"]:
+        assert row["original"]["keys"] == 1.0
+        assert row["converted"]["keys"] < 1.0
+        assert row["converted"]["perplexity"] == pytest.approx(row["original"]["perplexity"], rel=0.5)
+        assert row["converted"]["perplexity"] != row["original"]["perplexity"]
+        assert 0 < row["converted"]["attention_seconds"] < row["converted"]["seconds"]
+        assert row["original"]["state_bytes"] == 2 * 2 * 2 * row["length"] * 8 * 4
+    assert found["texts"][1]["converted"]["keys"] == pytest.approx(report["keys"], abs=1e-5)
+    assert [key["depth"] for key in found["passkey"][0]["converted"]] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert plot.stat().st_size > 1000
+
+
+def test_a_table_for_one_model(folder: Path, text: Path, invoke: Callable[..., Result]) -> None:
+    said = invoke("eval", folder, "--text", text, "--lengths", "40", "--passkey", "--trials", 1, "--device", "cpu")
+    assert said.exit_code == 2
+    assert "key, question and answer need" in said.output
+    said = invoke("eval", folder, "--text", text, "--lengths", "40", "--windows", 2, "--device", "cpu")
+    assert said.exit_code == 0, said.output
+    assert "100.0%" in said.output
+    assert "original" not in said.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "MODEL", "--text", "TEXT", "--lengths", "many"], "'many' is no length"),
+        (["eval", "MODEL", "--text", "TEXT", "--plot", "plot.gif"], ".png, .svg or .pdf"),
+        (["eval", "MODEL", "--text", "TEXT", "--lengths", "8192"], "8,192 are needed for one window"),
+        (["eval", "nowhere", "--text", "TEXT"], "no folder or GGUF file nowhere"),
+        (["eval", "MODEL", "--text", "nowhere.txt"], "no text file nowhere.txt"),
+        (["eval", "EMPTY", "--text", "TEXT"], "has no config.json"),
+        (["convert", "MODEL", "--text", "TEXT", "--out", "MODEL"], "is not empty"),
+        (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--dense-layers", "last"], "'last' are no layers"),
+        (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--length", "100"], "more than 192 tokens"),
+        (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--length", "300", "--keys", "0"], "keys=0.0"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, folder: Path, text: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"MODEL": folder, "TEXT": text, "NEW": tmp_path / "new", "EMPTY": tmp_path / "empty"}
+    said = invoke(*(places.get(word, word) for word in arguments))
+    assert said.exit_code == 2, said.output
+    assert message in said.output
+
+
+# Text into windows, and keys into text
+
+
+def test_windows_follow_each_other_and_begin_alike() -> None:
+    plain = windows(tokenizer(), LINES, 50, 3)
+    assert tokenizer().decode(torch.cat(plain)) == LINES[:150]
+    begun = windows(tokenizer(begin=True), LINES, 50, 2)
+    assert [int(ids[0]) for ids in begun] == [0, 0]
+    assert tokenizer().decode(torch.cat([ids[1:] for ids in begun])) == LINES[:98]
+    assert len(windows(tokenizer(), LINES, 2000, 9)) == len(LINES) // 2000
+
+
+def test_windows_from_all_over_the_text() -> None:
+    text = "".join(f"{i:04d}\n" for i in range(9999))
+    found = spread(tokenizer(), text, 20, 4, seed=1)
+    starts = [int(tokenizer().decode(ids)[:4]) for ids in found]
+    assert all(2499 * i <= start <= 2500 * (i + 1) for i, start in enumerate(starts))
+    again, other = (spread(tokenizer(), text, 20, 4, seed=seed) for seed in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(found, other, strict=True))
+
+
+def test_a_passkey_lies_where_it_should() -> None:
+    for depth in (0.0, 0.4, 1.0):
+        ids, digits = passkey_prompt(tokenizer(), LINES, 600, depth, "seed")
+        assert len(ids) == 600
+        prompt = tokenizer().decode(ids)
+        assert digits == 5
+        assert prompt.count(prompt[-5:]) == 3
+        asked = len("\nWhat is the pass key? The pass key is 12345")
+        hidden = len("\nThe pass key is 12345. Remember it: 12345 is the pass key.\n")
+        assert prompt.index("\nThe pass key is") == round(depth * (600 - asked - hidden))
+
+
+def test_who_knows_the_key_has_all_digits_right() -> None:
+    """A model that repeats what followed the last two tokens the first time they were there."""
+
+    class Copy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = transformers.LlamaConfig()
+            self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+        def forward(self, ids: torch.Tensor, use_cache: bool) -> Any:
+            logits = torch.zeros(*ids.shape, 257)
+            row = ids[0].tolist()
+            for i in range(2, len(row)):
+                before = next((j for j in range(2, i) if row[j - 2 : j + 1] == row[i - 2 : i + 1]), None)
+                if before is not None:
+                    logits[0, i, row[before + 1]] = 1.0
+            return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+    (found,) = passkey(Copy(), tokenizer(), "x" * 90, 200, [0.5], 2, seed=0)
+    # The first digit follows "is ", which the key's sentence says; every other follows the digits before it.
+    assert found.digits == 1.0
+    assert found.keys == 1.0
