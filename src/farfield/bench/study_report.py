@@ -94,7 +94,7 @@ def markdown(rows: Sequence[Row], unit: str) -> str:
 
 
 def study_figure(rows: Sequence[Row], unit: str) -> Figure:
-    """Quality and speed by context, or by batch; with one of each, a bar for every variant. Needs matplotlib."""
+    """Quality and speed by context, or by batch; with one of each, a line for every variant. Needs matplotlib."""
     from matplotlib import figure as figures
     from matplotlib import rc_context
 
@@ -111,8 +111,10 @@ def study_figure(rows: Sequence[Row], unit: str) -> Figure:
             best = sorted(rows, key=lambda row: row.bits)
             places = range(len(best))
             colours = [style[row.label][0] for row in best]
-            errors = [[row.bits - row.low for row in best], [row.high - row.bits for row in best]]
-            left.barh(places, [row.bits for row in best], xerr=errors, color=colours)
+            # Points, not bars: this axis does not begin at 0.
+            for place, row in enumerate(best):
+                error = [[row.bits - row.low], [row.high - row.bits]]
+                left.errorbar(row.bits, place, xerr=error, color=style[row.label][0], marker=style[row.label][1])
             right.barh(places, [row.step_ms for row in best], color=colours)
             low, high = min(row.low for row in best), max(row.high for row in best)
             left.set_xlim(max(0.0, low - 0.3 * max(high - low, 0.05)), high + 0.1 * max(high - low, 0.05))
