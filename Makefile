@@ -2,7 +2,7 @@
 #
 #   make setup   the development environment in .venv
 #   make demo    dense, window and multipole attention side by side on real text (at most 8 minutes on two cores)
-#   make test    all tests
+#   make test    all tests, in JOBS=2 processes
 #   make lint    ruff and mypy
 #
 # torch comes first and by its exact version: looser requirements can pull gigabytes of CUDA packages. Where the package
@@ -14,6 +14,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 DEMO_BUDGET ?= 60s
 DEMO_OUT ?= runs/demo
+JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -38,7 +39,7 @@ demo: $(READY)
 	$(BIN)/farfield compare --attention dense,window,fma --context 4096 --budget $(DEMO_BUDGET) --out $(DEMO_OUT) --resume
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -138,7 +138,7 @@ def test_what_cannot_run_gives_its_reason_and_the_others_go_on() -> None:
         "broken": "RuntimeError: kernel died",
         "full": "ran out of memory",
         "fine": None,
-        "agent": "recipe 'agent' cannot be causal: its far field reads the whole sequence",
+        "agent": "recipe 'agent' cannot be causal: it reads later tokens",
     }
 
 

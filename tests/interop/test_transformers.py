@@ -78,10 +78,11 @@ def test_generate_gives_the_tokens_of_eager(kind: str, cache: str) -> None:
         assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected), name
 
 
-@pytest.mark.parametrize("recipe", ["fma", "blocks", "window", "dense", "l2vit"])
+@pytest.mark.parametrize("recipe", ["fma", "blocks", "window", "dense", "l2vit", "gna", "swin", "focal"])
 def test_a_cache_gives_what_a_prefill_gives(recipe: str) -> None:
     """The last token's logits at every length, where every row is far beyond the exact limit."""
-    given = {"fma": {"block": 4, "rank": 2, "sinks": 2}, "blocks": {"block": 4}, "window": {"size": 5}}.get(recipe, {})
+    given = {"fma": {"block": 4, "rank": 2, "sinks": 2}, "blocks": {"block": 4}, "window": {"size": 5},
+             "gna": {"size": 6, "stride": 3}}.get(recipe, {})  # fmt: skip
     model = configure(make("Llama", num_hidden_layers=1), recipe, **given)
     ids, cache = tokens(2, 44), transformers.DynamicCache(config=model.config)
     mask = torch.ones(2, 44, dtype=torch.long)

@@ -73,14 +73,17 @@ def test_equals_one_masked_softmax(
     torch.testing.assert_close(torch.autograd.grad(module.output(inputs).square().sum(), leaves), wanted)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 6, 23])
 @pytest.mark.parametrize("shift", [0, 2])
-def test_causal_tiles_see_themselves_and_what_came_before(shift: int) -> None:
-    inputs = _inputs((23,), False, causal=True)
-    module = Partition(5, shift=shift).build(LayerSpec(16, 4, 2, 4, causal=True))
-    i = torch.arange(23)
+def test_causal_tiles_see_themselves_and_what_came_before(shift: int, tokens: int) -> None:
+    """A short sequence is cut where a longer one is: how long it will be is not known yet."""
+    inputs = _inputs((tokens,), False, causal=True)
+    module = Partition(5, shift=shift, bias=True).build(LayerSpec(16, 4, 2, 4, causal=True)).double()
+    i = torch.arange(tokens)
     tile = (i - shift) // 5
     visible = (tile[:, None] == tile) & (i[:, None] >= i)
-    want = attend_dense(inputs.q, inputs.k, inputs.v, scale=0.5, visible=visible)
+    bias = module.bias.table[:, (i - i[:, None]).clamp(-4, 4) + 4]
+    want = attend_dense(inputs.q, inputs.k, inputs.v, scale=0.5, bias=bias, visible=visible)
     torch.testing.assert_close(tuple(module(inputs)), tuple(want))
     torch.testing.assert_close(module.output(inputs), want.out)
 

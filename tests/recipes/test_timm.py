@@ -14,9 +14,9 @@ from farfield.attention import Attention
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    maxxvit = pytest.importorskip("timm.models.maxxvit")
-    davit = pytest.importorskip("timm.models.davit")
-    gcvit = pytest.importorskip("timm.models.gcvit")
+    maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
+    davit = pytest.importorskip("timm.models.davit", reason="timm is not installed")
+    gcvit = pytest.importorskip("timm.models.gcvit", reason="timm is not installed")
 
 
 def _projections(layer: Attention, other: Any, skip: int = 0) -> None:

@@ -199,7 +199,7 @@ def _window_axis(length: int, size: int, stride: int, dilation: int, causal: boo
 
 def partition(case: Case, part: Partition) -> Work:
     """Tiles that share no token: the square of each, causal its triangle."""
-    tiles = part.tiling(case.grid, torch.device("cpu"))
+    tiles = part.tiling(case.grid, torch.device("cpu"), case.causal)
     sizes = np.bincount(tiles.place.numpy() // tiles.places).astype(np.int64)
     return Work(exact=int((sizes * (sizes + 1) // 2).sum() if case.causal else (sizes**2).sum()))
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 __all__ = ["recipe_rows", "recipes_command"]
 
-_COLUMNS = ("name", "near", "far", "merge", "cost", "causal", "status", "arXiv")
+_COLUMNS = ("name", "title", "dims", "causal", "arXiv")
+_DETAILS = ("title", "near", "far", "merge", "cost", "dims", "causal", "citation", "proof", "status")
 
 
 def recipe_rows() -> list[dict[str, Any]]:
@@ -40,24 +44,62 @@ def recipe_rows() -> list[dict[str, Any]]:
 
 
 def recipes_command(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="Show these in full.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with options and proofs.")] = False,
 ) -> None:
-    """List the attentions: near field, far field, merge, cost and status of each."""
-    rows = recipe_rows()
+    """List the attentions, or show some of them in full: parts, cost, citation, proof and options."""
+    from farfield import recipes
+
+    for name in names or ():
+        recipes.get(name)  # an unknown one is an error that names the known ones
+    rows = [row for row in recipe_rows() if not names or row["name"] in names]
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+
+    console = Console()
+    if names:
+        for row in rows:
+            console.print(_details(row))
+    else:
+        console.print(_listing(rows))
+        console.print("farfield recipes NAME shows parts, cost, citation, options and proof of one.", style="dim")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    paper = re.search(r"arXiv (\S+)", row["citation"])
+    dims = ", ".join(f"{d}-D" for d in row["dims"])
+    more = {"dims": dims, "causal": "yes" if row["causal"] else "no", "arXiv": paper[1] if paper else "-"}
+    return {name: str(value) for name, value in {**row, **more}.items()}
+
+
+def _listing(rows: list[dict[str, Any]]) -> Table:
+    """One line for each, as far as the terminal is wide enough."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="Attention recipes", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), leading=1)
+    table = Table(title="Attention recipes", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in _COLUMNS:
-        table.add_column(column, overflow="fold", no_wrap=column not in ("near", "far", "cost"))
+        table.add_column(column, no_wrap=column != "title")
     for row in rows:
-        paper = re.search(r"arXiv (\S+)", row["citation"])
-        shown = {**row, "causal": "yes" if row["causal"] else "no", "arXiv": paper and paper[1]}
-        table.add_row(*(escape(str(shown[column] or "-")) for column in _COLUMNS))
-    Console().print(table)
-    Console().print("--json adds citations, options, dimensions and the test that proves each.", style="dim")
+        shown = _shown(row)
+        table.add_row(*(escape(shown[column]) for column in _COLUMNS))
+    return table
+
+
+def _details(row: dict[str, Any]) -> Table:
+    """Everything about one recipe, a line for each property and option."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=row["name"], title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    shown = _shown(row)
+    for name in _DETAILS:
+        table.add_row(name, escape(shown[name]))
+    for name, default in row["options"].items():
+        table.add_row(f"option {name}", escape(repr(default)))
+    return table

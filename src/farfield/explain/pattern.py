@@ -203,7 +203,7 @@ def _near(codes: Codes, part: Part, grid: tuple[int, ...], causal: bool, name: s
     elif isinstance(part, Window):
         codes[_window(grid, part, causal)] = EXACT
     elif isinstance(part, Partition | GlobalQueries):
-        tile = _tile(grid, part if isinstance(part, Partition) else Partition(part.size))
+        tile = _tile(grid, part if isinstance(part, Partition) else Partition(part.size), causal)
         seen = tile[:, None] == tile
         codes[seen & np.tri(len(codes), dtype=bool) if causal else seen] = EXACT
     elif isinstance(part, Anchors):
@@ -314,9 +314,9 @@ def _kernel(grid: tuple[int, ...], sizes: tuple[int, ...], causal: bool) -> npt.
     return seen
 
 
-def _tile(grid: tuple[int, ...], part: Partition) -> Ints:
+def _tile(grid: tuple[int, ...], part: Partition, causal: bool) -> Ints:
     """[N] the tile of every token."""
-    tiles = part.tiling(grid, torch.device("cpu"))
+    tiles = part.tiling(grid, torch.device("cpu"), causal)
     return np.asarray(tiles.place.numpy() // tiles.places, dtype=np.int64)
 
 

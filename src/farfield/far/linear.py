@@ -119,7 +119,7 @@ class _Linear(StreamModule):
             q, k, v = self._features(inputs)
             if inputs.key_mask is not None:
                 k = k.masked_fill(~inputs.key_mask[:, None, :, None], 0.0)
-            if self.part.normalise == "subtract":
+            if self._centred:
                 out = self._scaled(
                     centred_attention(q, k, v, inputs.key_mask, causal=inputs.causal, scale=inputs.scale)
                 )
@@ -136,9 +136,9 @@ class _Linear(StreamModule):
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.tau is None else out * self.tau[:, None, None]
 
-    def why_no_stream(self, spec: StreamSpec) -> str | None:
-        """Centred weights keep a mean over all keys, whose state is not written."""
-        return None if self.part.normalise == "divide" else "normalise='subtract' has no decode state; use 'divide'"
+    @property
+    def _centred(self) -> bool:
+        return self.part.normalise == "subtract"
 
     def empty_cache(self, spec: StreamSpec) -> Cache:
         """The state before the present chunk of 64 tokens, and the features of the chunk.
@@ -146,10 +146,11 @@ class _Linear(StreamModule):
         Where tokens can be taken back, also the states before earlier chunks, and their tokens.
         """
         kept, wide, width = 1 + -(-spec.rewind // CHUNK), compute_dtype(spec.dtype), spec.head_dim
+        rows = width + 1 if self._centred else width
         return {
-            "keys": spec.zeros(kept * CHUNK, width, wide),
+            "keys": spec.zeros(kept * CHUNK, rows, wide),
             "values": spec.zeros(kept * CHUNK, width + 1, wide),
-            "states": spec.zeros(kept * width, width + 1, wide).unflatten(2, (kept, width)),
+            "states": spec.zeros(kept * rows, width + 1, wide).unflatten(2, (kept, rows)),
         }
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
@@ -160,10 +161,17 @@ class _Linear(StreamModule):
             q, k, v = self._features(inputs)
             # A last channel of ones makes the denominator one more output.
             v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+            if self._centred:
+                # And of keys makes the sum of the values, and their number, one more row of the state.
+                k = torch.cat((k, torch.ones_like(k[..., :1])), -1)
             if out is not None:
                 _fill(cache, k, v)
                 return out
             q = q.unflatten(1, (k.shape[1], -1))
+            if self._centred:
+                # One more query per key head reads that row, and the others do not.
+                reader = F.pad(torch.zeros_like(q[:, :, :1]), (0, 1), value=1.0)
+                q = torch.cat((F.pad(q, (0, 1)), reader), 2)
             done, pieces = 0, []
             while done < k.shape[2]:
                 stop = min(k.shape[2], done + CHUNK - (length + done) % CHUNK)
@@ -171,7 +179,10 @@ class _Linear(StreamModule):
                 pieces.append(_advance(cache, q[..., span, :], k[:, :, span], v[:, :, span], length + done))
                 done = stop
             joint = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 3)
-            out = self._scaled(_normalised(joint.flatten(1, 2), self.part.floor))
+            if self._centred:
+                out = self._scaled(_centred_rows(joint, inputs.scale))
+            else:
+                out = self._scaled(_normalised(joint.flatten(1, 2), self.part.floor))
         return out.to(inputs.v.dtype)
 
 
@@ -268,6 +279,14 @@ def centred_attention(
         top = q @ (key.mT @ value / count).unsqueeze(2)
         mass = q @ (key.sum(2, keepdim=True) / count).mT.unsqueeze(2)
     return (mean + scale * (top - mass * mean)).flatten(1, 2)
+
+
+def _centred_rows(joint: Tensor, scale: float) -> Tensor:
+    """`[B, Hq, T, D]` from `[B, Hkv, r + 1, T, D + 1]`; the last query read the sum of the values and their number."""
+    reader = joint[:, :, -1:]
+    count = reader[..., -1:]
+    mean, rest = reader[..., :-1] / count, joint[:, :, :-1] / count
+    return (mean + scale * (rest[..., :-1] - rest[..., -1:] * mean)).flatten(1, 2)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

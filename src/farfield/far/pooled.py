@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield.geometry import EMPTY, integers, per_axis
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows, read_ring, write_ring
 from farfield.ops.state import AttentionState, attend_dense
+from farfield.ops.tiles import compute_dtype
 from farfield.ops.tiling import Tiling, cells_in_reach, pool_tiles, tiling
 from farfield.parts import FarPart, Inputs, LayerSpec, OutputModule, Part, by_segment, repeat_heads
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["CellWeights", "Pooled"]
 
@@ -118,7 +121,7 @@ class CellWeights(nn.Module):
         return self.weight[(slice(None), *places)].flatten(1, -2)
 
 
-class _Pooled(OutputModule):
+class _Pooled(OutputModule, StreamModule):
     def __init__(self, part: Pooled, spec: LayerSpec) -> None:
         super().__init__()
         self.part = part
@@ -200,3 +203,77 @@ class _Pooled(OutputModule):
         if self.query_map is None or self.key_map is None or self.part.rank is None:
             return inputs.q, keys, values, inputs.scale
         return inputs.q @ self.query_map, keys @ self.key_map, values, self.part.rank**-0.5
+
+    def _kept(self, rewind: int) -> tuple[int, int, int | None]:
+        """Tokens of a cell, tokens kept of recent cells, cells kept; None where all of them are."""
+        (cell,), reach = per_axis(self.part.cell, 1, "cell"), self.part.reaches(1)
+        spare = -(-rewind // cell)
+        return cell, cell * (1 + spare), None if reach is None else reach[0] + spare
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """The present cell, earlier ones as far as tokens can be taken back, and the cells in reach, or all."""
+        _, recent, cells = self._kept(spec.rewind)
+        return {
+            "keys": spec.zeros(recent),
+            "values": spec.zeros(recent),
+            "cell_keys": spec.zeros(cells or 0, self.part.rank),
+            "cell_values": spec.zeros(cells or 0),
+        }
+
+    def reserve(self, cache: Cache, length: int, rewind: int) -> None:
+        """Twice the room for cells when it is used up, where every one is kept."""
+        cell, _, cells = self._kept(rewind)
+        need, have = length // cell, cache["cell_keys"].shape[2]
+        if cells is None and need > have:
+            for name in ("cell_keys", "cell_values"):
+                cache[name] = grown(cache[name], max(need, 2 * have))
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`. O(T cells)."""
+        cell, recent, _ = self._kept(rewind)
+        tokens, done = inputs.q.shape[2], 0
+        if length == 0 and tokens > 1:
+            whole = tokens // cell * cell
+            self._complete(cache, inputs.k[:, :, :whole], inputs.v[:, :, :whole], 0)
+            write_ring(cache["keys"], inputs.k, 0)
+            write_ring(cache["values"], inputs.v, 0)
+            return self(inputs)
+        query = inputs.q if self.query_map is None else inputs.q @ self.query_map
+        scale = inputs.scale if self.part.rank is None else self.part.rank**-0.5
+        states: list[AttentionState | Tensor] = []
+        while done < tokens:
+            own, place = divmod(length + done, cell)
+            stop = min(tokens, done + cell - place)
+            states.append(self._past(query[:, :, done:stop], cache, own, scale))
+            for name, x in (("keys", inputs.k), ("values", inputs.v)):
+                write_ring(cache[name], x[:, :, done:stop], length + done)
+            if place + stop - done == cell:
+                span = slice(own * cell % recent, own * cell % recent + cell)
+                self._complete(cache, cache["keys"][:, :, span], cache["values"][:, :, span], own)
+            done = stop
+        return join_rows(states)
+
+    def _past(self, query: Tensor, cache: Cache, own: int, scale: float) -> AttentionState | Tensor:
+        """Queries of one cell over the cells before it."""
+        reach = self.part.reaches(1)
+        first = 0 if reach is None else max(0, own - reach[0])
+        keys, values = (read_ring(cache[name], first, own) for name in ("cell_keys", "cell_values"))
+        dtype = compute_dtype(values.dtype)
+        bias = None
+        if self.bias is not None and reach is not None:
+            bias = self.bias[:, None, first - own + reach[0] : reach[0]].to(dtype)
+        if self.part.count_bias:
+            size = math.log(per_axis(self.part.cell, 1, "cell")[0])
+            bias = query.new_full((1,), size, dtype=dtype) if bias is None else bias + size
+        with exactly(query.device):
+            return attend_few(query, keys, values, scale=scale, bias=bias, dtype=dtype)
+
+    def _complete(self, cache: Cache, keys: Tensor, values: Tensor, first: int) -> None:
+        """Pools whole cells [B, Hkv, cells * cell, D], the first of them number ``first``."""
+        (cell,) = per_axis(self.part.cell, 1, "cell")
+        for name, x, weights in (("keys", keys, self.key_weights), ("values", values, self.value_weights)):
+            laid = x.unflatten(2, (-1, cell))
+            pooled = (laid if weights is None else laid * weights((cell,))[:, None]).mean(3)
+            if name == "keys" and self.key_map is not None:
+                pooled = pooled @ self.key_map
+            write_ring(cache[f"cell_{name}"], pooled.to(x.dtype), first)

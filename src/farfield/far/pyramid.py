@@ -26,6 +26,7 @@ from farfield.ops.multipole.summary import (
 )
 from farfield.ops.opened import opened_attention
 from farfield.ops.opened.api import check_options
+from farfield.ops.opened.stream import OpenedStream
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
 
@@ -387,22 +388,40 @@ class _Pyramid(StreamModule):
         options, (block,), (rank,) = self.options, self.shape.block, self.shape.rank
         return MultipoleStream(block, rank, options.levels, options.count_bias, options.sinks, self.part, rewind, raw)
 
+    def _opening(self, rewind: int) -> OpenedStream | None:
+        """The stream with opened cells, or None where nothing is opened."""
+        o, (block,), (rank,) = self.options, self.shape.block, self.shape.rank
+        if not o.open:
+            return None
+        (page,) = per_axis(block // rank if o.page is None else o.page, 1, "Pyramid.page")
+        return OpenedStream(
+            block=block, rank=rank, levels=o.levels, open=o.open, beam=o.open if o.beam is None else o.beam, page=page,
+            share=o.share, keep=o.rest == "keep", choose=o.choose, count_bias=o.count_bias, sinks=o.sinks,
+            part=self.part, rewind=rewind,
+        )  # fmt: skip
+
     def why_no_stream(self, spec: StreamSpec) -> str | None:
         """See :class:`farfield.streaming.StreamModule`."""
-        if self.options.open:
-            return "opened cells have no decode state yet; open=0 can be streamed"
         if self.options.summary == "learned":
             return (
                 f"learned summaries are made for one length, {self.options.grid}, and a stream has every length; "
                 "summary='shared', 'pooled' and 'mean' can be streamed"
             )
+        if self.options.open and spec.rope and self.options.rope == "cells":
+            return "opened cells with rope='cells' would keep every key twice; rope='tokens' can be streamed"
         return self._stream(spec.rewind, False).why_not()
 
     def empty_cache(self, spec: StreamSpec) -> Cache:
         """Sinks, the last blocks, and four groups of every level.
 
-        With an explicit number of levels, all groups of the top one: then it grows with the context.
+        With an explicit number of levels, all groups of the top one: then it grows with the context. With opened cells,
+        all tokens.
         """
+        opening = self._opening(spec.rewind)
+        if opening is not None:
+            return opening.empty(
+                spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device
+            )
         stream = self._stream(spec.rewind, spec.rope and self.options.rope == "cells")
         return stream.empty(
             spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device,
@@ -410,23 +429,39 @@ class _Pyramid(StreamModule):
         )  # fmt: skip
 
     def reserve(self, cache: Cache, length: int, rewind: int) -> None:
-        """One more level whenever the length has doubled."""
-        self._stream(rewind, "raw" in cache).reserve(cache, length)
+        """One more level whenever the length has doubled; with opened cells, room for the tokens."""
+        opening = self._opening(rewind)
+        if opening is not None:
+            opening.reserve(cache, length)
+        else:
+            self._stream(rewind, "raw" in cache).reserve(cache, length)
 
     def resume(self, cache: Cache, length: int, rewind: int) -> None:
         """Hides what was taken back."""
-        self._stream(rewind, "raw" in cache).open_block(cache, length, self._weights())
+        opening = self._opening(rewind)
+        if opening is not None:
+            opening.refresh(cache, length, self.summary)
+        else:
+            self._stream(rewind, "raw" in cache).open_block(cache, length, self._weights())
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
-        """See :class:`farfield.streaming.StreamModule`. O(T (block + rank levels))."""
+        """See :class:`farfield.streaming.StreamModule`. O(T (block + rank levels)); with opened cells, see there."""
+        whole = length == 0 and inputs.q.shape[2] > 1
+        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
+        opening = self._opening(rewind)
+        if opening is not None:
+            if whole:
+                opening.fill(cache, *tokens, self.summary)
+                return self(inputs)
+            biases = self.biases()
+            return opening.step(cache, *tokens, length, scale=inputs.scale, summary=self.summary, level_bias=biases)
         stream = self._stream(rewind, "raw" in cache)
         weights = self._weights(self._turn(inputs) if stream.raw else None)
         raw = inputs.k if stream.raw else None
-        if length == 0 and inputs.q.shape[2] > 1:
+        if whole:
             state: AttentionState = self(inputs)
             stream.fill(cache, inputs.rotated_k, inputs.v, weights=weights, raw=raw)
             return state
-        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
         return stream.step(cache, *tokens, length, scale=inputs.scale, weights=weights, raw=raw, need_lse=need_lse)
 
     def _weights(self, turn: Turn | None = None) -> Weights:

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from farfield.ops.cache import Cache, attend_few, exactly, grown
 from farfield.ops.state import AttentionState, attend_dense
+from farfield.ops.tiles import compute_dtype
 from farfield.parts import Inputs, LayerSpec, NearPart, Part, by_segment
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Anchors"]
 
@@ -45,7 +48,7 @@ class Anchors(NearPart):
         return _Anchors(self.every)
 
 
-class _Anchors(nn.Module):
+class _Anchors(StreamModule):
     def __init__(self, every: int) -> None:
         super().__init__()
         self.every = every
@@ -72,3 +75,32 @@ class _Anchors(nn.Module):
             visible=visible,
             keep=keep if inputs.dropout > 0 else None,
         )
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """All anchors: it grows with the context."""
+        return {"keys": spec.zeros(0), "values": spec.zeros(0)}
+
+    def reserve(self, cache: Cache, length: int, rewind: int) -> None:
+        """Twice the room when it is used up."""
+        need, have = -(-length // self.every), cache["keys"].shape[2]
+        if need > have:
+            for name in cache:
+                cache[name] = grown(cache[name], max(need, 2 * have))
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`. O(T n / every)."""
+        query, stop = inputs.rotated_q, length + inputs.q.shape[2]
+        old, new = -(-length // self.every), -(-stop // self.every)
+        chosen = slice(old * self.every - length, None, self.every)
+        cache["keys"][:, :, old:new] = inputs.rotated_k[:, :, chosen]
+        cache["values"][:, :, old:new] = inputs.v[:, :, chosen]
+        if length == 0 and stop > 1:
+            return self(inputs)
+        keys, values = cache["keys"][:, :, :new], cache["values"][:, :, :new]
+        dtype, bias = compute_dtype(keys.dtype), None
+        if query.shape[2] > 1:  # one query sees everything
+            anchor = torch.arange(new, device=query.device) * self.every
+            hidden = anchor > torch.arange(length, stop, device=query.device)[:, None]
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+        with exactly(query.device):
+            return attend_few(query, keys, values, scale=inputs.scale, bias=bias, dtype=dtype, need_lse=need_lse)

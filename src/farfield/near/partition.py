@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from farfield.geometry import integers, per_axis
+from farfield.ops.cache import Cache, attend_few, exactly, join_rows, write_ring
 from farfield.ops.state import AttentionState
+from farfield.ops.tiles import compute_dtype
 from farfield.ops.tiling import Tiling, attend_tiles, offsets, tile_output, tiling
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, by_segment
+from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["Partition", "PositionBias"]
 
@@ -24,7 +27,8 @@ class Partition(NearPart):
     time and memory. Causal-safe without `spread`.
 
     Args:
-        size: places of a tile per axis; one integer or one per axis. An axis that is not longer is one tile.
+        size: places of a tile per axis; one integer or one per axis. An axis that is not longer is one tile (except
+            that a causal shift stays where it is, so that a prefix is cut as the whole is).
         shift: tokens before the first boundary, 0 to size - 1 (0: none), one integer or one per axis. Swin's cyclic
             shift with its mask: tiles at the two ends are the pieces that the mask leaves.
         spread: a tile holds every d-th token, d = ceil(length / size), instead of neighbours (MaxViT's grid). As d
@@ -67,10 +71,19 @@ class Partition(NearPart):
             raise ValueError(f"shift={self.shift!r} does not fit a {dims}-D grid: give one integer, or {dims} of them")
         return shifts
 
-    def tiling(self, grid: tuple[int, ...], device: torch.device) -> Tiling:
+    def tiling(self, grid: tuple[int, ...], device: torch.device, causal: bool = False) -> Tiling:
         """The tiles of a grid."""
-        dims = len(grid)
-        return tiling(grid, per_axis(self.size, dims, "size"), self._shifts(dims), self.spread, device)
+        size, fixed = per_axis(self.size, len(grid), "size"), self.fixed(len(grid), causal)
+        return tiling(grid, size, self._shifts(len(grid)), self.spread, device, fixed)
+
+    def fixed(self, dims: int, causal: bool) -> bool:
+        """Whether tiles are cut without regard to the length."""
+        return causal and any(self._shifts(dims))
+
+    def first(self) -> int:
+        """Places of the first tile of a sequence that are left empty by the shift."""
+        (size,), (shift,) = per_axis(self.size, 1, "size"), self._shifts(1)
+        return (size - shift) % size
 
     def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
         """See :class:`farfield.parts.Part`."""
@@ -104,7 +117,7 @@ class PositionBias(nn.Module):
         return self.table[:, offsets(self.size, sides, self.table.device)]
 
 
-class _Partition(OutputModule):
+class _Partition(OutputModule, StreamModule):
     def __init__(self, part: Partition, spec: LayerSpec) -> None:
         super().__init__()
         self.part = part
@@ -118,9 +131,9 @@ class _Partition(OutputModule):
             inputs.rotated_q,
             inputs.rotated_k,
             inputs.v,
-            self.part.tiling(inputs.grid, inputs.q.device),
+            self.part.tiling(inputs.grid, inputs.q.device, inputs.causal),
             scale=inputs.scale,
-            bias=None if self.bias is None else self.bias(inputs.grid),
+            bias=self._bias(inputs),
             causal=inputs.causal,
             key_mask=inputs.key_mask,
             dropout=inputs.dropout,
@@ -136,6 +149,55 @@ class _Partition(OutputModule):
             inputs.v,
             self.part.tiling(inputs.grid, inputs.q.device),
             scale=inputs.scale,
-            bias=None if self.bias is None else self.bias(inputs.grid),
+            bias=self._bias(inputs),
             dropout=inputs.dropout,
         )
+
+    def _bias(self, inputs: Inputs) -> Tensor | None:
+        """[Hq, M, M] for the places of a tile."""
+        if self.bias is None:
+            return None
+        whole = self.part.fixed(len(inputs.grid), inputs.causal)
+        return self.bias(self.bias.size if whole else inputs.grid)
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """The present tile, and earlier ones as far as tokens can be taken back."""
+        (size,) = per_axis(self.part.size, 1, "size")
+        places = size * (1 + -(-spec.rewind // size))
+        return {"keys": spec.zeros(places), "values": spec.zeros(places)}
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`. O(T size)."""
+        query, key, value = inputs.rotated_q, inputs.rotated_k, inputs.v
+        (size,), first = per_axis(self.part.size, 1, "size"), self.part.first()
+        if length == 0 and query.shape[2] > 1:
+            write_ring(cache["keys"], key, first)
+            write_ring(cache["values"], value, first)
+            return self(inputs) if need_lse else self.output(inputs)
+        bias = None if self.bias is None else self.bias((size,))
+        done, pieces = 0, []
+        while done < query.shape[2]:
+            tile, place = divmod(first + length + done, size)
+            stop = min(query.shape[2], done + size - place)
+            for name, x in (("keys", key), ("values", value)):
+                write_ring(cache[name], x[:, :, done:stop], first + length + done)
+            pieces.append(self._in_tile(query[:, :, done:stop], cache, tile, place, bias, inputs.scale, need_lse))
+            done = stop
+        return join_rows(pieces)
+
+    def _in_tile(
+        self, query: Tensor, cache: Cache, tile: int, place: int, bias: Tensor | None, scale: float, need_lse: bool
+    ) -> AttentionState | Tensor:
+        """Queries that have the places of a tile from ``place``; their keys are in the cache."""
+        (size,), stop = per_axis(self.part.size, 1, "size"), place + query.shape[2]
+        start, begin = tile * size % cache["keys"].shape[2], self.part.first() if tile == 0 else 0
+        keys, values = (cache[name][:, :, start + begin : start + stop] for name in ("keys", "values"))
+        dtype = compute_dtype(keys.dtype)
+        with exactly(query.device):
+            added = None if bias is None else bias[:, place:stop, begin:stop].to(dtype)
+            if query.shape[2] > 1:  # one query sees everything
+                seen = torch.ones(query.shape[2], stop - begin, dtype=torch.bool, device=query.device)
+                hidden = ~seen.tril(place - begin)
+                none = torch.zeros(hidden.shape, dtype=dtype, device=query.device) if added is None else added
+                added = none.masked_fill(hidden, -torch.inf)
+            return attend_few(query, keys, values, scale=scale, bias=added, dtype=dtype, need_lse=need_lse)

@@ -78,19 +78,20 @@ def attend_few(
 
     Args:
         query: [B, Hq, T, D].
-        key, value: [B, Hkv, M, D], finite where hidden; Hkv divides Hq. They are not copied in their own dtype.
+        key: [B, Hkv, M, D], finite where hidden; Hkv divides Hq. Not copied in its own dtype.
+        value: [B, Hkv, M, Dv], likewise.
         scale: factor of the scores.
         bias: in ``dtype``, added to the scores, -inf where hidden; [B, 1 or Hq, 1 or T, M], or fewer axes.
         dtype: of the arithmetic.
         need_lse: without it torch's fused attention runs; then every query must see something.
 
     Returns:
-        out [B, Hq, T, D] in the dtype of the query, and lse [B, Hq, T] where it is needed. A query that sees nothing
+        out [B, Hq, T, Dv] in the dtype of the query, and lse [B, Hq, T] where it is needed. A query that sees nothing
         gets 0 and -inf. O(T M).
     """
     batch, heads, tokens, width = query.shape
     if key.shape[2] == 0:
-        out = torch.zeros_like(query)
+        out = query.new_zeros(batch, heads, tokens, value.shape[3])
         lse = out.new_full((batch, heads, tokens), -torch.inf, dtype=dtype)
         return AttentionState(out, lse) if need_lse else out
     key, value = key.to(dtype), value.to(dtype)
@@ -101,7 +102,7 @@ def attend_few(
         if bias is not None and groups > 1:
             bias = bias.expand(batch, heads, tokens, -1).reshape(batch, key.shape[1], groups * tokens, -1)
         found = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scale)
-        return found.reshape(query.shape).to(query.dtype)
+        return found.reshape(batch, heads, tokens, -1).to(query.dtype)
     scores = (grouped @ key.mT).view(batch, heads, tokens, -1)
     scores = scores.mul_(scale) if bias is None else torch.add(bias, scores, alpha=scale)
     # Where everything is hidden the peak is finite all the same, and weights are exp(-inf) = 0.

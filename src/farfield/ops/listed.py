@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farfield.ops import tiles
+from farfield.ops.arithmetic import arithmetic
 from farfield.ops.compiled import tiles as compiled
 from farfield.ops.state import AttentionState, state_from_scores
 from farfield.ops.tiles import Lists, Store, compute_dtype
 
 __all__ = ["attend_lists"]
-
-
-def _arithmetic(engine: str, query: Tensor) -> ModuleType:
-    """The module whose ``attend`` and ``attend_backward`` run a call; empty: compiled where it can, otherwise torch."""
-    reason = None if engine == "torch" else compiled.why_not(query.device, query.dtype, False)
-    if engine == "compiled" and reason is not None:
-        raise ValueError(f"impl='compiled' cannot run this call: {reason}")
-    return tiles if engine == "torch" or reason is not None else compiled
 
 
 def _lists(
@@ -78,9 +69,9 @@ def listed(
     engine: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [G, r, U, M, D] and lse [G, r, U, M]; the arguments of :func:`attend_lists`."""
-    arithmetic = _arithmetic(engine, query)
-    lists = _lists(query, keys, values, tables, key_bias, head_bias, native=arithmetic is compiled)
-    return arithmetic.attend(query.contiguous(), lists, batch=batch, scale=scale)
+    module = arithmetic(engine, query)
+    lists = _lists(query, keys, values, tables, key_bias, head_bias, native=module is compiled)
+    return module.attend(query.contiguous(), lists, batch=batch, scale=scale)
 
 
 @listed.register_fake
@@ -109,11 +100,11 @@ def listed_backward(
     """Gradients of the query, of all keys, of all values and of head_bias (empty where there is none)."""
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - grad_lse
     delta = delta.masked_fill(lse == float("-inf"), 0.0)
-    arithmetic = _arithmetic(engine, query)
+    module = arithmetic(engine, query)
     # Groups that share keys would add to one place at once: each gets its own.
     own = _spread(query, keys), _spread(query, values)
-    lists = _lists(query, *own, tables, key_bias, head_bias, native=arithmetic is compiled)
-    grads = arithmetic.attend_backward(
+    lists = _lists(query, *own, tables, key_bias, head_bias, native=module is compiled)
+    grads = module.attend_backward(
         grad_out.contiguous(), delta, query.contiguous(), lse, lists, batch=batch, scale=scale
     )
     sides = [*zip(grads.keys, keys, strict=True), *zip(grads.values, values, strict=True)]

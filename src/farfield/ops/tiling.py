@@ -56,7 +56,12 @@ class Tiling:
 
 
 def tiling(
-    grid: tuple[int, ...], size: tuple[int, ...], shift: tuple[int, ...], spread: bool, device: torch.device
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    shift: tuple[int, ...],
+    spread: bool,
+    device: torch.device,
+    fixed: bool = False,
 ) -> Tiling:
     """The tiling for checked arguments. O(N); made of torch's arithmetic alone, so that it can be traced.
 
@@ -66,13 +71,14 @@ def tiling(
         shift: tokens before the first boundary per axis, 0 to size - 1; 0 for a boundary at the first token.
         spread: tiles of spread instead of neighbouring tokens.
         device: of the tensors.
+        fixed: a short axis is cut where a longer one is, so that tiles do not depend on the length.
     """
     token = tile = place = torch.zeros(1, dtype=torch.int64, device=device)
     token, valid = token[None], torch.ones(1, 1, dtype=torch.bool, device=device)
     tiles = places = 1
     whole = True
     for length, most, first in zip(grid, size, shift, strict=True):
-        side = min(most, length)
+        side = most if fixed else min(most, length)
         own, index = torch.arange(side, device=device), torch.arange(length, device=device)
         if spread:
             count = -(-length // side)
@@ -80,7 +86,7 @@ def tiling(
             of_tile, of_place = index % count, index // count
         else:
             # One tile over everything has no neighbour to exchange with.
-            start = first - side if first > 0 and side < length else 0
+            start = first - side if first > 0 and (fixed or side < length) else 0
             count = -(-(length - start) // side)
             table = start + side * torch.arange(count, device=device)[:, None] + own
             of_tile, of_place = (index - start) // side, (index - start) % side

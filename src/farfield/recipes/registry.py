@@ -138,7 +138,7 @@ class Recipe:
                 accepted = ", ".join(f"{key}={default!r}" for key, default in self.options(dims).items()) or "none"
                 raise TypeError(f"recipe {self.name!r} has no option {name}={value!r}; its options: {accepted}")
         if causal and not self.causal:
-            raise ValueError(f"recipe {self.name!r} cannot be causal: its far field reads the whole sequence")
+            raise ValueError(f"recipe {self.name!r} cannot be causal: it reads later tokens")
         parts = self.parts(Setting(causal=causal, layer=layer, dims=dims), **options)
         return Attention(
             dim, num_heads, causal=causal, near=parts.near, far=parts.far, merge=parts.merge, dims=dims, **of_layer

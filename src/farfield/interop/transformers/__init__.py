@@ -22,5 +22,6 @@ if int(_transformers.__version__.partition(".")[0]) < 5:
 
 from farfield.interop.transformers.loading import configure, load
 from farfield.interop.transformers.registering import register
+from farfield.interop.transformers.streams import StreamCache
 
-__all__ = ["configure", "load", "register"]
+__all__ = ["StreamCache", "configure", "load", "register"]

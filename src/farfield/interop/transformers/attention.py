@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from farfield.interop.transformers import cores
 from farfield.interop.transformers.cached import dense_rows, last_rows
 from farfield.interop.transformers.masks import Columns, read
 from farfield.interop.transformers.padding import aligned
+from farfield.interop.transformers.streams import stream_of
 from farfield.near import Dense, Window
 from farfield.parts import Inputs
 
@@ -69,6 +71,9 @@ def attention_function(recipe: str | None) -> Attend:
         _refuse(kwargs)
         config = getattr(module, "config", None)
         causal = _causal(module, config, is_causal)
+        stream = stream_of(key)
+        if stream is not None and attention_mask is not None:
+            attention_mask = attention_mask[..., -key.shape[2] :]  # of the new tokens alone
         columns = read(attention_mask, key.shape[2])
         key, value = key[:, :, : columns.length], value[:, :, : columns.length]
         core = _core(module, config, recipe, query, key, causal, sliding_window)
@@ -86,7 +91,13 @@ def attention_function(recipe: str | None) -> Attend:
             scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
             dropout=dropout,
         )
-        if position_bias is not None:
+        if stream is not None:
+            if position_bias is not None or columns.segments is not None or cu_seq_lens_q is not None or not causal:
+                raise ValueError(
+                    "a StreamCache decodes causal sequences: without position_bias, packed sequences, cross attention"
+                )
+            out = stream.attend(core, replace(inputs, key_mask=None), columns.key_mask)
+        elif position_bias is not None:
             _check_bias(core, dropout, columns, cu_seq_lens_q)
             out = dense_rows(inputs, position_bias[..., : columns.length])
         elif columns.segments is not None and cu_seq_lens_q is None and _is_dense(core) and not dropout:

@@ -87,7 +87,7 @@ def build(recipe: str, options: dict[str, Any], spec: LayerSpec, layer: int) -> 
     else:
         entry = recipes.get(recipe)
         if spec.causal and not entry.causal:
-            raise ValueError(f"recipe {recipe!r} cannot be causal: its far field reads the whole sequence")
+            raise ValueError(f"recipe {recipe!r} cannot be causal: it reads later tokens")
         parts = entry.parts(Setting(causal=spec.causal, layer=layer), **options_of(recipe, options))
     try:
         return ReadyAttention(spec, near=parts.near, far=parts.far, merge=parts.merge)

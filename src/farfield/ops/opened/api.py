@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from farfield.ops.opened.tree import Tree, make_tree
 from farfield.ops.state import AttentionState, merge_states
 from farfield.ops.tiles import Store, compute_dtype
 
-__all__ = ["check_options", "opened_attention", "opened_far"]
+__all__ = ["attend_choice", "check_options", "opened_attention", "opened_far"]
 
 CHUNK = 1 << 24
 """Places of lists held at once; the lists of a call without gradients never take more than this."""
@@ -130,20 +131,26 @@ def opened_attention(
     pages = check_options(call["block"], call["rank"], open, beam, page, share, rest, choose)
     if impl not in (None, "compiled", "torch", "reference"):
         raise ValueError(f"impl={impl!r}: 'compiled', 'torch', 'reference' or None would be accepted")
-    shared = {
+    shared: dict[str, Any] = {
         "grid": call["grid"], "block": call["block"], "rank": call["rank"], "causal": causal, "key_mask": key_mask,
         "scale": call["scale"], "sinks": sinks, "impl": impl,
     }  # fmt: skip
-    far = {**shared, "levels": levels, "count_bias": count_bias, "summary": summary, "level_bias": level_bias}
-    tensors = call["query"], call["key"], call["value"]
+    far: dict[str, Any] = {
+        **shared,
+        "levels": levels,
+        "count_bias": count_bias,
+        "summary": summary,
+        "level_bias": level_bias,
+    }
+    q, k, v = call["query"], call["key"], call["value"]
     if open == 0 and rest == "keep":
-        return multipole_attention(*tensors, **far, return_lse=return_lse, part=part)
+        return multipole_attention(q, k, v, **far, return_lse=return_lse, part=part)
     states = []
     if part != "far":
-        states.append(AttentionState(*multipole_attention(*tensors, **shared, return_lse=True, part="near")))
+        states.append(AttentionState(*multipole_attention(q, k, v, **shared, return_lse=True, part="near")))
     if part != "near" and open:
-        opened = {"open": open, "beam": open if beam is None else beam, "page": pages, "share": share}
-        state = opened_far(*tensors, **far, **opened, rest=rest, choose=choose)
+        opened: dict[str, Any] = {"open": open, "beam": open if beam is None else beam, "page": pages, "share": share}
+        state = opened_far(q, k, v, **far, **opened, rest=rest, choose=choose)
         states += [] if state is None else [state]
     if not states:
         wide = compute_dtype(query.dtype)
@@ -230,7 +237,7 @@ def opened_far(
         with torch.no_grad():
             choice = descend(tree, bank, chooser[:, span], blocks[span], open, beam, keep)
         parts.append(
-            _attend(
+            attend_choice(
                 tree,
                 bank,
                 choice,
@@ -258,7 +265,7 @@ def _mean(units: Tensor, filled: Tensor, share: int) -> Tensor:
     return (units * weight).sum(2) / weight.sum(2).clamp(min=1.0)
 
 
-def _attend(
+def attend_choice(
     tree: Tree,
     bank: Bank,
     choice: Choice,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farfield.ops import tiles
-from farfield.ops.compiled import tiles as compiled
+from farfield.ops.arithmetic import arithmetic
 from farfield.ops.customop import one_by_one
 from farfield.ops.state import AttentionState
 from farfield.ops.tiles import Dropout, Lists, Store, compute_dtype
@@ -82,14 +80,6 @@ def _lists(key: Tensor, value: Tensor, key_mask: Tensor | None, plan: Plan) -> L
     return Lists((store,), key_bias=bias, row_bias=plan.row_bias, row_class=plan.row_class)
 
 
-def _arithmetic(engine: str, query: Tensor, dropout: float) -> ModuleType:
-    """The module whose ``attend`` and ``attend_backward`` run a call; empty: compiled where it can, otherwise torch."""
-    reason = None if engine == "torch" else compiled.why_not(query.device, query.dtype, dropout > 0)
-    if engine == "compiled" and reason is not None:
-        raise ValueError(f"impl='compiled' cannot run this call: {reason}")
-    return tiles if engine == "torch" or reason is not None else compiled
-
-
 def _dropout(seed: Tensor | None, rate: float) -> Dropout | None:
     return None if seed is None else Dropout(rate, int(seed.item()))
 
@@ -113,7 +103,7 @@ def window(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, D] and lse [B, Hq, N]; see :func:`farfield.ops.window.window_attention`."""
     plan = _plan(query, cu_seqlens, grid, size, stride, dilation, causal)
-    out, lse = _arithmetic(engine, query, dropout).attend(
+    out, lse = arithmetic(engine, query, dropout > 0).attend(
         _tiles(query, plan, key.shape[1]),
         _lists(key, value, key_mask, plan),
         batch=query.shape[0],
@@ -155,7 +145,7 @@ def window_backward(
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - grad_lse
     # A query that sees nothing has a constant output, whatever gradient arrives at its log-sum-exp.
     delta = delta.masked_fill(lse == float("-inf"), 0.0)
-    grads = _arithmetic(engine, query, dropout).attend_backward(
+    grads = arithmetic(engine, query, dropout > 0).attend_backward(
         _gradient_tiles(grad_out, plan, kv_heads),
         _gradient_tiles(delta, plan, kv_heads),
         _tiles(query, plan, kv_heads),

@@ -1,0 +1,117 @@
+"""StreamCache: decode states in place of keys and values, in tiny random models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
+
+from farfield.interop.transformers import StreamCache, configure, register  # noqa: E402
+from support.tiny_models import make, tokens  # noqa: E402 (needs what was checked above)
+
+register()
+
+SMALL = {"block": 8, "rank": 2, "sinks": 2}
+LEFT = torch.ones(2, 60, dtype=torch.long)
+LEFT[0, :23] = 0
+
+
+def small(kind: str = "Llama", recipe: str = "fma", **options: Any) -> Any:
+    model = make(kind)
+    configure(
+        model, recipe=recipe, **({**SMALL, "summary": "mean", "bias": None, **options} if recipe == "fma" else {})
+    )
+    model.set_attn_implementation("farfield")
+    return model.double()
+
+
+def stepped(model: Any, ids: torch.Tensor, cache: Any, sizes: tuple[int, ...], **inputs: Any) -> torch.Tensor:
+    """Logits of the prompt (the first size), then of chunks; the last size repeats."""
+    outs, done, mask = [], 0, inputs.get("attention_mask")
+    while done < ids.shape[1]:
+        size = sizes[min(len(outs), len(sizes) - 1)]
+        given = {} if mask is None else {"attention_mask": mask[:, : done + size]}
+        with torch.no_grad():
+            outs.append(model(ids[:, done : done + size], past_key_values=cache, use_cache=True, **given).logits)
+        done += size
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (33, 1), (40, 7, 1)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"open": 2, "share": 2, "choose": "bounds"}], ids=["fma", "opened"])
+def test_steps_equal_the_prefill(sizes: tuple[int, ...], options: dict[str, Any]) -> None:
+    model, ids = small(**options), tokens(2, 60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(stepped(model, ids, StreamCache(model), sizes), whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma3Text"])
+def test_sliding_layers(kind: str) -> None:
+    model, ids = small(kind), tokens(2, 60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(stepped(model, ids, StreamCache(model), (21, 1)), whole, rtol=0, atol=1e-9)
+
+
+def test_rows_padded_on_the_left() -> None:
+    model, ids = small(), tokens(2, 60)
+    out = stepped(model, ids, StreamCache(model), (41, 1), attention_mask=LEFT)
+    with torch.no_grad():
+        alone = model(ids[:1, 23:], use_cache=False).logits
+        full = model(ids[1:], use_cache=False).logits
+    # Rotary positions count from the left edge, which shifts queries and keys alike; Transformers' tables are float32.
+    torch.testing.assert_close(out[:1, 23:], alone, rtol=0, atol=60 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(out[1:], full, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate(beams: int) -> None:
+    model, ids = small(), tokens(2, 60)
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "num_beams": beams,
+        "eos_token_id": None,
+        "attention_mask": LEFT,
+    }
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, past_key_values=StreamCache(model), **options), expected)
+
+
+def test_crop_takes_tokens_back() -> None:
+    model, ids = small(), tokens(1, 60)
+    cache = StreamCache(model, rewind=5)
+    before = stepped(model, ids[:, :50], cache, (50,))
+    stepped(model, tokens(1, 4) + 1, cache, (4,))
+    cache.crop(50)
+    assert cache.get_seq_length() == 50
+    after = stepped(model, ids[:, 50:], cache, (1,))
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat([before, after], 1), whole, rtol=0, atol=1e-9)
+
+
+def test_bytes_grow_by_a_level_when_the_context_doubles() -> None:
+    model, sizes = small(), []
+    for length in (128, 256, 512):
+        cache = StreamCache(model)
+        stepped(model, tokens(1, length), cache, (length,))
+        sizes.append(cache.nbytes)
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+
+
+def test_refusals() -> None:
+    model, ids = small(), tokens(1, 20)
+    with pytest.raises(ValueError, match=r"StreamCache for attn_implementation='sdpa'.*register"):
+        StreamCache(make("Llama"))
+    cache = StreamCache(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="only farfield's attention reads it"):
+        model(ids, past_key_values=cache)
+    model.set_attn_implementation("farfield")
+    with pytest.raises(ValueError, match="keeps no gradients"):
+        model(ids, past_key_values=StreamCache(model))
