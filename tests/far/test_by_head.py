@@ -102,8 +102,22 @@ def test_parameters_belong_to_the_heads_of_a_group() -> None:
     assert shapes["parts.1.level_bias"][1] == 1
     layer(torch.randn(2, 90, 24)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
-    with pytest.raises(ValueError, match=r"\(ByHead\) have no decode state"):
-        layer.stream()
+
+
+@pytest.mark.parametrize("far", [ByHead((((4, 0), OPENED), ((3, 1), PLAIN))), ByHead(sinks=3)], ids=["some", "none"])
+def test_a_streamed_step_equals_the_prefill(far: ByHead) -> None:
+    """After a prompt, in single steps and in a longer one, and after tokens were taken back."""
+    layer = ff.Attention(24, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).double().eval()
+    x = torch.randn(2, 70, 24, dtype=torch.float64)
+    with torch.no_grad():
+        whole = layer(x)
+        state = layer.stream(2, rewind=3)
+        torch.testing.assert_close(layer.step(x[:, :29], state), whole[:, :29])
+        torch.testing.assert_close(layer.step(x[:, 29:41], state), whole[:, 29:41])
+        layer.step(torch.randn_like(x[:, :3]), state)
+        state.rewind(3)
+        for i in range(41, 70):
+            torch.testing.assert_close(layer.step(x[:, i : i + 1], state), whole[:, i : i + 1])
 
 
 def test_parts_compare_and_print() -> None:

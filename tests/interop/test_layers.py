@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
 from farfield.far import Pyramid  # noqa: E402
-from farfield.interop.transformers import configure, load, register  # noqa: E402
+from farfield.interop.transformers import StreamCache, configure, load, register  # noqa: E402
 from farfield.interop.transformers.layers import check, group_of  # noqa: E402
 from support.tiny_models import answer, make, tokens  # noqa: E402 (needs what was checked above)
 
@@ -75,8 +75,17 @@ def test_a_cache_gives_what_a_prefill_gives(entry: Any) -> None:
 def test_a_cached_step_cannot_repeat_a_shared_choice() -> None:
     model, ids = converted([{"heads": [1], **OPENED, "share": 4}]), tokens(1, 40)
     model(ids, use_cache=False)
-    with pytest.raises(ValueError, match=r"share=4 queries have in common.*use_cache=False"):
+    with pytest.raises(ValueError, match=r"share=4 queries have in common.*StreamCache.*use_cache=False"):
         model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None)
+
+
+def test_decode_states_repeat_a_shared_choice() -> None:
+    """The tokens of a cache of decode states are those of whole prefills."""
+    some = [{"heads": [1], **OPENED, "share": 4}, {"heads": [0, 3], "rank": 2}]
+    model, ids = converted(some, "dense", []), tokens(2, 40)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, past_key_values=StreamCache(model), **options), expected)
 
 
 def test_groups_hold_what_differs_from_the_defaults() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from farfield.far.pyramid import Pyramid
 from farfield.geometry import integers, per_axis
 from farfield.near.blocks import Blocks
+from farfield.ops.cache import Cache
 from farfield.ops.multipole import multipole_attention
+from farfield.ops.multipole.stream import MultipoleStream, Weights
 from farfield.ops.state import AttentionState, merge_states
 from farfield.parts import FarPart, Inputs, LayerSpec, Part
 from farfield.streaming import StreamModule, StreamSpec
@@ -132,9 +136,17 @@ class _ByHead(StreamModule):
 
     def forward(self, inputs: Inputs) -> AttentionState:
         """The attention state of near and far field."""
+        far = [
+            part(self._of_heads(inputs, heads, kv_heads))
+            for heads, kv_heads, part in zip(self.heads, self.kv_heads, self.parts, strict=True)
+        ]
+        return self._joined(self._near(inputs), far)
+
+    def _near(self, inputs: Inputs) -> AttentionState:
+        """Blocks and sinks, for all heads."""
         sinks = self.options.sinks
         assert sinks is not None
-        near = AttentionState(
+        return AttentionState(
             *multipole_attention(
                 inputs.rotated_q,
                 inputs.rotated_k,
@@ -152,13 +164,12 @@ class _ByHead(StreamModule):
                 part="near",
             )
         )
-        if not self.heads:
+
+    def _joined(self, near: AttentionState, far: list[AttentionState]) -> AttentionState:
+        """Every group's far field merged into the near field of its heads."""
+        if not far:
             return near
-        far = [
-            part(self._of_heads(inputs, heads, kv_heads))
-            for heads, kv_heads, part in zip(self.heads, self.kv_heads, self.parts, strict=True)
-        ]
-        index = torch.tensor([head for heads in self.heads for head in heads], device=inputs.q.device)
+        index = torch.tensor([head for heads in self.heads for head in heads], device=near.out.device)
         joint = merge_states(
             AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)),
             AttentionState(torch.cat([state.out for state in far], 1), torch.cat([state.lse for state in far], 1)),
@@ -176,13 +187,82 @@ class _ByHead(StreamModule):
             v=_take(inputs.v, kv_heads),
         )
 
+    def _parts(self) -> list[tuple[str, StreamModule, list[int], list[int]]]:
+        """Name in a cache, module, query heads and key heads of every group."""
+        parts = []
+        for number, (part, heads, kv_heads) in enumerate(zip(self.parts, self.heads, self.kv_heads, strict=True)):
+            assert isinstance(part, StreamModule)
+            parts.append((f"{number}/", part, heads, kv_heads))
+        return parts
+
+    def _stream(self, rewind: int) -> MultipoleStream:
+        assert self.options.sinks is not None
+        return MultipoleStream(self.block[0], 1, None, False, self.options.sinks, "near", rewind)
+
     def why_no_stream(self, spec: StreamSpec) -> str | None:
         """See :class:`farfield.streaming.StreamModule`."""
-        return "heads with far fields of their own (ByHead) have no decode state yet; one Pyramid for all heads has one"
+        reasons = [self._stream(spec.rewind).why_not(), *(part.why_no_stream(spec) for _, part, _, _ in self._parts())]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def empty_cache(self, spec: StreamSpec) -> Cache:
+        """The last blocks and the sinks, and what the pyramid of every group keeps for its heads."""
+        cache = {
+            f"near/{name}": x
+            for name, x in self._stream(spec.rewind)
+            .empty(spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
+            .items()
+        }
+        for prefix, part, heads, kv_heads in self._parts():
+            own = part.empty_cache(replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads)))
+            cache |= {prefix + name: x for name, x in own.items()}
+        return cache
+
+    def reserve(self, cache: Cache, length: int, rewind: int) -> None:
+        """See :class:`farfield.streaming.StreamModule`."""
+        with _within(cache, "near/") as own:
+            self._stream(rewind).reserve(own, length)
+        for prefix, part, _, _ in self._parts():
+            with _within(cache, prefix) as own:
+                part.reserve(own, length, rewind)
+
+    def resume(self, cache: Cache, length: int, rewind: int) -> None:
+        """Hides what was taken back."""
+        with _within(cache, "near/") as own:
+            self._stream(rewind).open_block(own, length, Weights())
+        for prefix, part, _, _ in self._parts():
+            with _within(cache, prefix) as own:
+                part.resume(own, length, rewind)
+
+    def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
+        """See :class:`farfield.streaming.StreamModule`."""
+        stream, tokens = self._stream(rewind), (inputs.rotated_q, inputs.rotated_k, inputs.v)
+        with _within(cache, "near/") as own:
+            if length == 0 and inputs.q.shape[2] > 1:
+                near = self._near(inputs)
+                stream.fill(own, *tokens[1:])
+            else:
+                state = stream.step(own, *tokens, length, scale=inputs.scale)
+                assert isinstance(state, AttentionState)
+                near = state
+        far = []
+        for prefix, part, heads, kv_heads in self._parts():
+            with _within(cache, prefix) as own:
+                of_group = part.step(self._of_heads(inputs, heads, kv_heads), own, length, rewind, True)
+                assert isinstance(of_group, AttentionState)
+                far.append(of_group)
+        return self._joined(near, far)
 
     def extra_repr(self) -> str:
         """What was asked for."""
         return f"{self.options!r}"
+
+
+@contextmanager
+def _within(cache: Cache, prefix: str) -> Iterator[Cache]:
+    """The part of a cache under a prefix; tensors that are put into it replace those of the whole."""
+    own = {name.removeprefix(prefix): x for name, x in cache.items() if name.startswith(prefix)}
+    yield own
+    cache.update({prefix + name: x for name, x in own.items()})
 
 
 def _key_heads(heads: list[int], group: int) -> list[int]:

@@ -70,8 +70,8 @@ def _check_choice(far: object) -> None:
     if shared:
         raise ValueError(
             f"a step with a cache of keys, in a layer whose cells are opened by a choice that share={max(shared)} "
-            "queries have in common: the first of them makes it, and a cache does not hold queries. Pass "
-            "use_cache=False, or use share=1"
+            "queries have in common: the first of them makes it, and a cache of keys does not hold queries. Pass "
+            "past_key_values=StreamCache(model) or use_cache=False, or use share=1"
         )
 
 
