@@ -387,13 +387,14 @@ PARTS = [
     near.Anchors(3), near.Blocks(4), near.Conv(3), near.Dense(), near.DynamicConv(3), near.GlobalQueries(4),
     near.Partition(4), near.Window(5), far.Channels(), far.Landmarks(), far.Linear(), far.Multigrid(4, 2),
     far.Pooled(4), far.Projection(2, 4), far.Pyramid(2), far.Relay(4), far.Spectrum(8),
+    far.ByHead((((0, 2), far.Pyramid(2)),)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: type(part).__name__)
 def test_every_part_that_can_be_causal_can_be_streamed(part: Part) -> None:
     fields: dict[str, Any] = {"near": part} if isinstance(part, NearPart) else {"far": part}
-    if isinstance(part, far.Pyramid):
+    if isinstance(part, far.Pyramid | far.ByHead):
         fields["near"] = near.Blocks(4)
     if part.causal_safe:
         assert ff.Attention(16, 4, causal=True, **fields).stream().lengths == [0]
