@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,13 +87,95 @@ def test_gradients_are_those_of_the_heads_alone() -> None:
 
 
 def test_no_head_sees_the_future() -> None:
-    given, far = inputs(), ByHead((((4, 0), OPENED), ((3, 1), PLAIN)))
+    given, far = inputs(), ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), background=BACKGROUND)
     before = attend(far, given)
     given.k[:, :, 50:] += 5.0
     given.v[:, :, 50:] -= 3.0
     after = attend(far, given)
     torch.testing.assert_close(after[:, :, :50], before[:, :, :50])
     assert not torch.allclose(after[:, :, 50:], before[:, :, 50:])
+
+
+BACKGROUND = (0.5, None, -1.0, 2.0, 0.0, 1.5)
+
+
+@pytest.mark.parametrize("grid", [(90,), (11,), (17,), (9, 21)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_background_is_one_cell_of_all_that_is_far(grid: tuple[int, ...], causal: bool, masked: bool) -> None:
+    """Against loops over queries: the near field's tokens one by one, and the mean of all others that count."""
+    if causal and len(grid) > 1:
+        return
+    number = math.prod(grid)
+    mask = torch.rand(2, number) < 0.7 if masked else None
+    given = replace(inputs(number, causal, key_mask=mask), grid=grid)
+    if mask is not None:  # what is hidden may be anything
+        hidden = ~mask[:, None, :, None]
+        given = replace(given, k=given.k.masked_fill(hidden, torch.nan), v=given.v.masked_fill(hidden, torch.nan))
+    block = 8 if len(grid) == 1 else (4, 4)
+    spec = LayerSpec(24, 6, 2, 4, causal=causal, dims=len(grid))
+    part = ReadyAttention(spec, near=Blocks(block), far=ByHead(sinks=3, background=BACKGROUND)).double()
+    got = part.attend(given)
+    place = torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"), -1).view(number, -1)
+    blocks = place // torch.tensor(block)
+    for b in range(2):
+        for h in range(6):
+            k, v = given.k[b, h // 3], given.v[b, h // 3]
+            for i in range(0, number, 7):
+                shown = torch.ones(number, dtype=torch.bool) if mask is None else mask[b].clone()
+                near = ((blocks - blocks[i]).abs() <= 1).all(-1)
+                if causal:
+                    shown &= torch.arange(number) <= i
+                far = shown & ~near
+                far[:3] = False
+                own = shown & ~far
+                scores, values = 0.9 * k[own] @ given.q[b, h, i], v[own]
+                if far.any() and BACKGROUND[h] is not None:
+                    score = 0.9 * k[far].mean(0) @ given.q[b, h, i] + far.sum().log() + BACKGROUND[h]
+                    scores, values = torch.cat([scores, score[None]]), torch.cat([values, v[far].mean(0)[None]])
+                expected = scores.softmax(0) @ values if len(scores) else torch.zeros(4, dtype=torch.float64)
+                torch.testing.assert_close(got[b, h, i], expected)
+
+
+def test_a_background_in_packed_sequences_and_beside_groups() -> None:
+    """Packed sequences are apart; a background joins what the groups see; gradients reach every token before."""
+    far = ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), background=BACKGROUND)
+    given = inputs()
+    packed = attend(far, replace(given, cu_seqlens=torch.tensor([0, 37, 90])))
+    for start, stop in ((0, 37), (37, 90)):
+        alone = {name: getattr(given, name)[:, :, start:stop] for name in ("q", "k", "v")}
+        part = replace(given, **alone, x=given.x[:, start:stop], grid=(stop - start,))
+        torch.testing.assert_close(packed[:, :, start:stop], attend(far, part))
+    without = attend(replace(far, background=None), given)
+    assert not torch.allclose(attend(far, given)[:, 0, 20:], without[:, 0, 20:])
+    torch.testing.assert_close(attend(far, given)[:, 1], without[:, 1])
+    given.v.requires_grad_()
+    attend(replace(far, groups=()), given)[:, :, 80].sum().backward()
+    assert given.v.grad is not None
+    assert (given.v.grad[:, :, :81] != 0).all()
+    assert not given.v.grad[:, :, 81:].any()
+
+
+@pytest.mark.parametrize("sinks", [0, 3, 11])
+@pytest.mark.parametrize("chunk", [1, 5, 16, 33])
+def test_a_background_streams(sinks: int, chunk: int) -> None:
+    """In chunks from the first token on, with tokens taken back across the border of a block."""
+    far = ByHead(sinks=sinks, background=BACKGROUND)
+    layer = ff.Attention(24, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).double().eval()
+    x = torch.randn(2, 75, 24, dtype=torch.float64)
+    with torch.no_grad():
+        whole = layer(x)
+        for prompt in (0, 30):
+            state, at = layer.stream(2, rewind=7), prompt
+            if prompt:
+                torch.testing.assert_close(layer.step(x[:, :prompt], state), whole[:, :prompt])
+            while at < 75:
+                if at > 10:
+                    layer.step(torch.randn_like(x[:, :7]), state)
+                    state.rewind(7)
+                stop = min(75, at + chunk)
+                torch.testing.assert_close(layer.step(x[:, at:stop], state), whole[:, at:stop])
+                at = stop
 
 
 def test_parameters_belong_to_the_heads_of_a_group() -> None:
@@ -138,6 +222,8 @@ def test_parts_compare_and_print() -> None:
         (lambda: ByHead((((6,), PLAIN),)).check(SPEC, Blocks(8)), r"heads \[6\] in a layer of 6"),
         (lambda: ByHead((((0,), PLAIN),)).check(SPEC, ff.near.Dense()), r"use near=Blocks"),
         (lambda: ByHead((((0,), Pyramid(3)),)).check(SPEC, Blocks(8)), "rank=3"),
+        (lambda: ByHead(background=(1.0,)).check(SPEC, Blocks(8)), "has 1 biases in a layer of 6 heads"),
+        (lambda: ByHead(background=(math.inf,)), "a finite number, or None"),
         (lambda: ByHead().build(SPEC, Blocks(8)), "merge='softmax'"),
     ],
 )

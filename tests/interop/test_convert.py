@@ -28,11 +28,20 @@ from farfield.interop.transformers.calibrate import (  # noqa: E402
 )
 from farfield.interop.transformers.convert import convert, save  # noqa: E402
 from farfield.interop.transformers.evaluate import Result, cost_of, loss, measure  # noqa: E402
-from farfield.interop.transformers.keys import context, kept_vectors, keys_by_head, keys_of, near_keys  # noqa: E402
+from farfield.interop.transformers.keys import (  # noqa: E402
+    context,
+    far_queries,
+    kept_vectors,
+    keys_by_head,
+    keys_of,
+    near_keys,
+)
 from farfield.interop.transformers.menu import MENU, setting  # noqa: E402
 from farfield.near import Blocks, Dense  # noqa: E402
+from farfield.ops.background import background_state  # noqa: E402
 from farfield.ops.opened import opened_attention  # noqa: E402
 from farfield.ops.opened.tree import make_tree  # noqa: E402
+from farfield.ops.state import AttentionState, merge_states  # noqa: E402
 from farfield.recipes import Parts  # noqa: E402
 from support.tiny_models import answer, make, tokens  # noqa: E402
 
@@ -132,6 +141,14 @@ def test_plain_pyramids_and_layers_are_counted() -> None:
         keys_of(replace(SMALL[0], levels=3), 300, 8)
 
 
+def test_a_background_is_one_more_key_for_queries_with_a_far_field() -> None:
+    alone, some = (Parts(Blocks(8), ByHead(sinks=3, background=b)) for b in (None, (0.5, None)))
+    assert far_queries(90, 8, 3) == pytest.approx((90 - 16) / 90)
+    more = keys_by_head(some, 2, 90) - keys_by_head(alone, 2, 90)
+    assert more.tolist() == pytest.approx([(90 - 16) / 90, 0.0])
+    assert kept_vectors(some, 2, 1, 90) == kept_vectors(alone, 2, 1, 90) + 2 * 3
+
+
 def test_state_is_kept_where_cells_are_opened() -> None:
     parts = Parts(Blocks(8), ByHead((((0, 1), SMALL[1]),), sinks=3))
     # Key head 0 is read by heads 0 and 1: all tokens, bounds of cells of 4 (pages of 1 are the keys themselves).
@@ -169,18 +186,28 @@ def test_errors_are_those_of_the_converted_output() -> None:
     half = torch.randn(4, 8, 8)
     weight = half @ half.mT
     menu = (None, *SMALL, EXACT)
-    errors = menu_errors(q, k, v, menu, weight, positions=positions, block=8, sinks=3, scale=0.7)
+    biases = (None, 0.7, -2.0)
+    errors = menu_errors(q, k, v, menu, weight, positions=positions, block=8, sinks=3, scale=0.7, biases=biases)
     exact = torch.nn.functional.scaled_dot_product_attention(
         q[None], k[None], v[None], is_causal=True, scale=0.7, enable_gqa=True
     )
     for row, p in zip(errors, menu, strict=True):
         options = {} if p is None else {"rank": p.rank, "beam": p.beam, "page": p.page, "share": p.share}
-        d = opened_attention(
+        state = AttentionState(*opened_attention(
             q[None], k[None], v[None], block=8, levels=1, open=0 if p is None else p.open, rest="drop",
-            choose="bounds", causal=True, scale=0.7, sinks=3, **options,
-        )[0] - exact[0]  # fmt: skip
-        expected = 0.5 * torch.einsum("hnd,hde,hne->h", d, weight, d) / length
-        torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-6)
+            choose="bounds", causal=True, scale=0.7, sinks=3, return_lse=True, **options,
+        ))  # fmt: skip
+        for error, bias in zip(row, biases, strict=True):
+            joint = state
+            if bias is not None:
+                background = background_state(
+                    q[None], k[None], v[None], torch.full((4,), bias), grid=(length,), block=(8,), causal=True,
+                    key_mask=None, scale=0.7, sinks=3,
+                )  # fmt: skip
+                joint = merge_states(state, background)
+            d = joint.out[0] - exact[0]
+            expected = 0.5 * torch.einsum("hnd,hde,hne->h", d, weight, d) / length
+            torch.testing.assert_close(error, expected, rtol=1e-3, atol=1e-5)
     assert (errors[0] > 1e-3).all()
 
 
@@ -244,6 +271,18 @@ def test_equal_seeds_choose_alike_and_more_keys_lose_less() -> None:
     (_, a), (_, b), (_, c) = small(keys=0.5), small(keys=0.5), small(keys=0.8)
     assert a == b
     assert c.report["estimated_divergence"] < a.report["estimated_divergence"]
+
+
+def test_a_background_helps_and_can_be_left_out() -> None:
+    (model, some), (plain, none) = small(keys=0.5, seed=5), small(keys=0.5, seed=5, background=False)
+    assert any(bias is not None for row in some.options["background"] for bias in row)
+    assert "background" not in none.options
+    assert some.report["estimated_divergence"] < none.report["estimated_divergence"]
+    with torch.no_grad():
+        assert not torch.allclose(model(tokens(1, 160)).logits, plain(tokens(1, 160)).logits, atol=1e-4)
+    model, made = small(keys=0.7, dense_layers=(1,))
+    assert made.options["background"][1] is None
+    assert model(tokens(1, 30)).logits.isfinite().all()
 
 
 def test_a_bound_is_kept_and_dense_layers_stay_exact() -> None:

@@ -22,9 +22,9 @@ EVERYTHING = {**OPENED, "open": 4096, "beam": 4096}
 """Opens all pages, which is exact attention."""
 
 
-def converted(*entries: Any, **changes: Any) -> Any:
+def converted(*entries: Any, background: Any = None, **changes: Any) -> Any:
     model = make("Llama", num_hidden_layers=len(entries), **changes)
-    return configure(model, "converted", block=8, sinks=2, layers=list(entries))
+    return configure(model, "converted", block=8, sinks=2, layers=list(entries), background=background)
 
 
 def test_dense_layers_and_whole_openings_are_exact() -> None:
@@ -42,22 +42,26 @@ def test_every_layer_has_its_own_settings() -> None:
 
 
 def test_plain_from_pretrained_reads_them(tmp_path: Path) -> None:
-    model = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense")
+    background = [[0.5, None, -1.0, 1.5], None]
+    model = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense", background=background)
     ids = tokens(1, 100)
     expected = answer(model, "farfield", input_ids=ids, use_cache=False)
+    without = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense")
+    assert not torch.allclose(answer(without, "farfield", input_ids=ids, use_cache=False), expected, atol=1e-4)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="farfield").eval()
     assert torch.equal(answer(again, "farfield", input_ids=ids, use_cache=False), expected)
     assert torch.equal(answer(load(tmp_path), "farfield", input_ids=ids, use_cache=False), expected)
 
 
+@pytest.mark.parametrize("background", [None, [0.5, None, 2.0, -1.0]], ids=["alone", "background"])
 @pytest.mark.parametrize(
     "entry",
     [[], [{"heads": [1, 2], "rank": 2}], [{"heads": [1, 2], "rank": 2}, {"heads": [3], **OPENED}]],
     ids=["none", "plain", "opened"],
 )
-def test_a_cache_gives_what_a_prefill_gives(entry: Any) -> None:
-    model, ids = converted(entry), tokens(2, 44)
+def test_a_cache_gives_what_a_prefill_gives(entry: Any, background: Any) -> None:
+    model, ids = converted(entry, background=[background]), tokens(2, 44)
     cache = transformers.DynamicCache(config=model.config)
     mask = torch.ones(2, 44, dtype=torch.long)
     mask[1, :7] = 0
@@ -82,7 +86,8 @@ def test_a_cached_step_cannot_repeat_a_shared_choice() -> None:
 def test_decode_states_repeat_a_shared_choice() -> None:
     """The tokens of a cache of decode states are those of whole prefills."""
     some = [{"heads": [1], **OPENED, "share": 4}, {"heads": [0, 3], "rank": 2}]
-    model, ids = converted(some, "dense", []), tokens(2, 40)
+    background = [[0.5, None, 2.0, -1.0], None, [1.0] * 4]
+    model, ids = converted(some, "dense", [], background=background), tokens(2, 40)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, use_cache=False, **options)
     assert torch.equal(model.generate(ids, past_key_values=StreamCache(model), **options), expected)
@@ -103,6 +108,8 @@ def test_groups_hold_what_differs_from_the_defaults() -> None:
         ({"layers": [[[0, 1]]]}, TypeError, r"\[0, 1\]: a dict with 'heads'"),
         ({"layers": "dense"}, TypeError, "layers of type str"),
         ({"layers": [], "rank": 3}, TypeError, "'rank'"),
+        ({"layers": [[]], "background": [[1.0], None]}, ValueError, "a list of 1 entries"),
+        ({"layers": ["dense"], "background": [[1.0]]}, ValueError, "nothing is far there"),
         ({"layers": [[{"heads": [0]}, {"heads": [0]}]]}, ValueError, "more than one place"),
     ],
 )

@@ -43,6 +43,7 @@ def convert_command(
     share: Annotated[
         int | None, typer.Option(min=1, help="Most queries that share a choice; 1 allows decoding with a cache.")
     ] = None,
+    background: Annotated[bool, typer.Option(help="A cell of everything far for every head that it helps.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampled queries; equal seeds choose alike.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
 ) -> None:
@@ -74,8 +75,8 @@ def convert_command(
         spans += texts.spread(pretrained.tokenizer, content, length, windows, seed, str(path))
     with _Progress(console) as told:
         conversion = convert(
-            pretrained.model, spans, keys=keys, error=error, dense_layers=exact, max_share=share, queries=queries,
-            seed=seed, progress=told,
+            pretrained.model, spans, keys=keys, error=error, dense_layers=exact, max_share=share, background=background,
+            queries=queries, seed=seed, progress=told,
         )  # fmt: skip
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text])
     report = conversion.report

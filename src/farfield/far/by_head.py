@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from farfield.far.pyramid import Pyramid
 from farfield.geometry import integers, per_axis
 from farfield.near.blocks import Blocks
-from farfield.ops.cache import Cache
+from farfield.ops.background import BackgroundStream, background_state
+from farfield.ops.cache import Cache, join_rows
 from farfield.ops.multipole import multipole_attention
 from farfield.ops.multipole.stream import MultipoleStream, Weights
 from farfield.ops.state import AttentionState, merge_states
-from farfield.parts import FarPart, Inputs, LayerSpec, Part
+from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["ByHead", "Group"]
@@ -39,10 +41,14 @@ class ByHead(FarPart):
             level bias) are made for the heads of its group.
         sinks: leading tokens that every head sees exactly; all pyramids must have the same number. None for theirs (0
             without groups).
+        background: per query head of the layer, the bias of one more cell, which holds every token beyond the near
+            field (its mean key and value, log(count) in the score, see :mod:`farfield.ops.background`), or None for a
+            head without it. A correction of what opened cells leave out: what is opened is in the mean as well.
     """
 
     groups: tuple[Group, ...] = ()
     sinks: int | None = None
+    background: tuple[float | None, ...] | None = None
 
     def __post_init__(self) -> None:
         groups = []
@@ -67,6 +73,9 @@ class ByHead(FarPart):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"ByHead(sinks={count!r}): a number of leading tokens >= 0 would be accepted")
         object.__setattr__(self, "sinks", count)
+        if self.background is not None:
+            biases = tuple(None if bias is None else _bias(bias) for bias in self.background)
+            object.__setattr__(self, "background", biases)
 
     @property
     def opens(self) -> bool:
@@ -75,8 +84,8 @@ class ByHead(FarPart):
 
     @property
     def takes_dropout(self) -> bool:  # type: ignore[override]
-        """Where nothing is opened."""
-        return not self.opens
+        """Where nothing is opened, and there is no background."""
+        return not self.opens and self.background is None
 
     @property
     def causal_safe(self) -> bool:
@@ -88,7 +97,9 @@ class ByHead(FarPart):
     @property
     def cost(self) -> str:
         """Score computations for n tokens."""
-        return " + ".join(f"{len(heads)} heads: {pyramid.cost}" for heads, pyramid in self.groups) or "0"
+        parts = [f"{len(heads)} heads: {pyramid.cost}" for heads, pyramid in self.groups]
+        some = 0 if self.background is None else sum(bias is not None for bias in self.background)
+        return " + ".join(parts + [f"{some} heads: n"] * bool(some)) or "0"
 
     def fuses(self, near: Part | None, merge: str) -> bool:
         """The near field is computed once, and every group's far field is merged into its heads."""
@@ -104,6 +115,11 @@ class ByHead(FarPart):
         beyond = sorted(h for heads, _ in self.groups for h in heads if h >= spec.num_heads)
         if beyond:
             raise ValueError(f"ByHead names heads {beyond} in a layer of {spec.num_heads}: 0 to {spec.num_heads - 1}")
+        if self.background is not None and len(self.background) != spec.num_heads:
+            raise ValueError(
+                f"ByHead(background=...) has {len(self.background)} biases in a layer of {spec.num_heads} heads: one "
+                "for every head (None for a head without) would be accepted"
+            )
         for _, pyramid in self.groups:
             pyramid.check(spec, near)
 
@@ -140,7 +156,34 @@ class _ByHead(StreamModule):
             part(self._of_heads(inputs, heads, kv_heads))
             for heads, kv_heads, part in zip(self.heads, self.kv_heads, self.parts, strict=True)
         ]
-        return self._joined(self._near(inputs), far)
+        return self._joined(self._all_heads(inputs), far)
+
+    def _all_heads(self, inputs: Inputs) -> AttentionState:
+        """What all heads have in common: the near field and the background."""
+        near = self._near(inputs)
+        return near if self.options.background is None else merge_states(near, self._background(inputs))
+
+    def _background(self, inputs: Inputs) -> AttentionState:
+        if inputs.cu_seqlens is not None:
+            state = by_segment(inputs, self._background)
+            assert isinstance(state, AttentionState)
+            return state
+        return background_state(
+            inputs.rotated_q,
+            inputs.rotated_k,
+            inputs.v,
+            self._biases(inputs.q),
+            grid=inputs.grid,
+            block=self.block,
+            causal=inputs.causal,
+            key_mask=inputs.key_mask,
+            scale=inputs.scale,
+            sinks=self.options.sinks or 0,
+        )
+
+    def _biases(self, like: Tensor) -> Tensor:
+        biases = self.options.background or ()
+        return torch.tensor([-torch.inf if b is None else b for b in biases], device=like.device)
 
     def _near(self, inputs: Inputs) -> AttentionState:
         """Blocks and sinks, for all heads."""
@@ -199,6 +242,9 @@ class _ByHead(StreamModule):
         assert self.options.sinks is not None
         return MultipoleStream(self.block[0], 1, None, False, self.options.sinks, "near", rewind)
 
+    def _sums(self, rewind: int) -> BackgroundStream:
+        return BackgroundStream(self.block[0], self.options.sinks or 0, rewind)
+
     def why_no_stream(self, spec: StreamSpec) -> str | None:
         """See :class:`farfield.streaming.StreamModule`."""
         reasons = [self._stream(spec.rewind).why_not(), *(part.why_no_stream(spec) for _, part, _, _ in self._parts())]
@@ -212,6 +258,10 @@ class _ByHead(StreamModule):
             .empty(spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
             .items()
         }
+        if self.options.background is not None:
+            sums = self._sums(spec.rewind)
+            own = sums.empty(spec.batch_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
+            cache |= {f"background/{name}": x for name, x in own.items()}
         for prefix, part, heads, kv_heads in self._parts():
             own = part.empty_cache(replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads)))
             cache |= {prefix + name: x for name, x in own.items()}
@@ -235,15 +285,16 @@ class _ByHead(StreamModule):
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
         """See :class:`farfield.streaming.StreamModule`."""
-        stream, tokens = self._stream(rewind), (inputs.rotated_q, inputs.rotated_k, inputs.v)
-        with _within(cache, "near/") as own:
-            if length == 0 and inputs.q.shape[2] > 1:
-                near = self._near(inputs)
-                stream.fill(own, *tokens[1:])
-            else:
-                state = stream.step(own, *tokens, length, scale=inputs.scale)
-                assert isinstance(state, AttentionState)
-                near = state
+        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
+        if length == 0 and inputs.q.shape[2] > 1:
+            near = self._all_heads(inputs)
+            with _within(cache, "near/") as own:
+                self._stream(rewind).fill(own, *tokens[1:])
+            with _within(cache, "background/") as own:
+                if own:
+                    self._sums(rewind).fill(own, *tokens[1:])
+        else:
+            near = self._step_all_heads(tokens, cache, length, rewind, inputs.scale)
         far = []
         for prefix, part, heads, kv_heads in self._parts():
             with _within(cache, prefix) as own:
@@ -251,6 +302,33 @@ class _ByHead(StreamModule):
                 assert isinstance(of_group, AttentionState)
                 far.append(of_group)
         return self._joined(near, far)
+
+    def _step_all_heads(
+        self, tokens: tuple[Tensor, Tensor, Tensor], cache: Cache, length: int, rewind: int, scale: float
+    ) -> AttentionState:
+        """As :meth:`_all_heads`, for tokens [B, H, T, D] after ``length`` others."""
+        stream, sums, block = self._stream(rewind), self._sums(rewind), self.block[0]
+        with _within(cache, "near/") as near, _within(cache, "background/") as own:
+            if not own:
+                state = stream.step(near, *tokens, length, scale=scale)
+                assert isinstance(state, AttentionState)
+                return state
+            states, done = [], 0
+            while done < tokens[0].shape[2]:
+                at = length + done
+                stop = min(tokens[0].shape[2], done + block - at % block)
+                q, k, v = (x[:, :, done:stop] for x in tokens)
+                state = stream.step(near, q, k, v, at, scale=scale)
+                assert isinstance(state, AttentionState)
+                far = sums.attend(own, q, self._biases(q), at // block, scale)
+                states.append(merge_states(state, far))
+                done = stop
+                if (length + done) % block == 0:
+                    number = at // block
+                    sums.close(own, number, *stream.tokens(near, number * block, (number + 1) * block))
+        joined = join_rows(states)
+        assert isinstance(joined, AttentionState)
+        return joined
 
     def extra_repr(self) -> str:
         """What was asked for."""
@@ -263,6 +341,14 @@ def _within(cache: Cache, prefix: str) -> Iterator[Cache]:
     own = {name.removeprefix(prefix): x for name, x in cache.items() if name.startswith(prefix)}
     yield own
     cache.update({prefix + name: x for name, x in own.items()})
+
+
+def _bias(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(
+            f"ByHead(background=...): a finite number, or None, for every head would be accepted: {value!r}"
+        )
+    return float(value)
 
 
 def _key_heads(heads: list[int], group: int) -> list[int]:

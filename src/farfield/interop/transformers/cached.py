@@ -44,7 +44,8 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
         return _band(inputs, near.size)
     _check_choice(far)
     fused = core.fused and isinstance(far, Pyramid) and not far.open
-    blocks = isinstance(near, Blocks) and (far is None or (isinstance(far, ByHead) and not far.groups))
+    alone = far is None or (isinstance(far, ByHead) and not far.groups and far.background is None)
+    blocks = isinstance(near, Blocks) and alone
     if core.spec.causal and (fused or blocks):
         first: int | Tensor = keys - queries
         if inputs.key_mask is not None:

@@ -131,9 +131,10 @@ def window_errors(
     positions: Tensor,
     block: int,
     sinks: int,
+    biases: Sequence[float | None] = (None,),
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
-    """The estimate of every setting in every head on one window, [settings, layers, heads] float32, in nats per token.
+    """The estimate of every setting, bias and head on one window, [settings, biases, layers, heads], nats per token.
 
     Layer by layer inside one forward pass; no queries, keys or values are kept.
 
@@ -144,21 +145,23 @@ def window_errors(
         weight: of :func:`fisher`.
         positions: [n] sampled queries.
         block, sinks: of the near field.
+        biases: of a background cell beside the setting; None for no such cell.
         progress: called after each layer.
     """
     errors: dict[int, Tensor] = {}
 
     def measure(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         errors[layer] = menu_errors(
-            q[0], k[0], v[0], menu, weight[layer], positions=positions, block=block, sinks=sinks, scale=scale
-        )
+            q[0], k[0], v[0], menu, weight[layer], positions=positions, block=block, sinks=sinks, scale=scale,
+            biases=biases,
+        )  # fmt: skip
         if progress is not None:
             progress()
 
     # The body alone: what follows the last layer is not needed.
     with watched(model, measure), torch.no_grad():
         model.base_model(ids[None], use_cache=False)
-    return torch.stack([errors[layer] for layer in sorted(errors)], 1)
+    return torch.stack([errors[layer] for layer in sorted(errors)], 2)
 
 
 def menu_errors(
@@ -172,8 +175,9 @@ def menu_errors(
     block: int,
     sinks: int,
     scale: float,
+    biases: Sequence[float | None] = (None,),
 ) -> Tensor:
-    """[settings, heads] the estimate 0.5 mean(d' F d) over sampled queries of one layer.
+    """[settings, biases, heads] the estimate 0.5 mean(d' F d) over sampled queries of one layer.
 
     Args:
         q: [Hq, N, D] queries.
@@ -182,13 +186,20 @@ def menu_errors(
         weight: [Hq, D, D] F of every head.
         positions: [n] sampled queries.
         block, sinks, scale: of the near field and of the scores.
+        biases: of a background cell beside the setting; None for no such cell.
     """
     heads, length = q.shape[:2]
     keys, values = (repeat_heads(x[None].float(), heads)[0] for x in (k, v))
     index = torch.arange(length, device=q.device)
     scores = q[:, positions].float() * scale @ keys.mT
-    chances = scores.masked_fill(index > positions[:, None], -torch.inf).softmax(-1)  # [Hq, n, N]
+    scores = scores.masked_fill(index > positions[:, None], -torch.inf)
+    chances = scores.softmax(-1)  # [Hq, n, N]
     exact = chances @ values
+    # The background relative to all that exact attention sees: log mass without bias, and its value.
+    mass, mean = _background(q, k, v, positions, block, sinks, scale)
+    mass = mass - scores.logsumexp(-1)
+    other = mean - exact
+    weighed = torch.einsum("hde,hne->hnd", weight.float(), other)
     near = near_tokens(length, positions, block, sinks)
     banks: dict[Any, tuple[Tree, Bank] | None] = {}
     errors = []
@@ -197,9 +208,32 @@ def menu_errors(
         if setting is not None:
             seen = seen | opened_tokens(q, k, setting, positions=positions, block=block, scale=scale, banks=banks)
         left = chances * seen
-        d = (left @ values) / left.sum(-1, keepdim=True) - exact
-        errors.append(0.5 * torch.einsum("hnd,hde,hne->h", d, weight.float(), d) / len(positions))
+        total = left.sum(-1)
+        lost = left @ values - total[..., None] * exact
+        # d = (lost + e other) / (total + e) for a background of mass e, so that three products give every bias.
+        plain = torch.einsum("hnd,hde,hne->hn", lost, weight.float(), lost)
+        cross, own = ((x * weighed).sum(-1) for x in (lost, other))
+        row = []
+        for bias in biases:
+            e = torch.zeros_like(mass) if bias is None else (mass + bias).exp()
+            row.append(0.5 * ((plain + e * (2 * cross + e * own)) / (total + e).square()).mean(-1))
+        errors.append(torch.stack(row))
     return torch.stack(errors)
+
+
+def _background(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, block: int, sinks: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """[Hq, n] score and [Hq, n, D] value of the background cell, -inf and 0 where nothing is far."""
+    start = ((positions // block - 1) * block).clamp(min=sinks)
+    count = (start - sinks).float()
+    means = []
+    for x in (k, v):
+        sums = torch.nn.functional.pad(x.double().cumsum(1), (0, 0, 1, 0))
+        mean = (sums[:, start] - sums[:, sinks, None]) / count.clamp(min=1)[:, None]
+        means.append(repeat_heads(mean.float()[None], len(q))[0])
+    score = (q[:, positions].float() * means[0]).sum(-1) * scale + count.log()
+    return score, means[1]
 
 
 def near_tokens(length: int, positions: Tensor, block: int, sinks: int) -> Tensor:

@@ -16,7 +16,7 @@ from farfield.far import Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.budget import allocate
 from farfield.interop.transformers.calibrate import fisher, sampled, window_errors
-from farfield.interop.transformers.keys import context, keys_of, near_keys
+from farfield.interop.transformers.keys import context, far_queries, keys_of, near_keys
 from farfield.interop.transformers.layers import CONVERTED, group_of
 from farfield.interop.transformers.loading import configure
 from farfield.interop.transformers.menu import BLOCK, MENU, SINKS
@@ -25,6 +25,9 @@ __all__ = ["Conversion", "Progress", "convert", "save"]
 
 PIECE = 1024
 """Tokens of a piece on which gradients are taken."""
+
+BIASES = (None, *(i / 2 for i in range(-8, 9)))
+"""Biases of a background cell that are tried for every head."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage in words, the steps done and all of them."""
@@ -54,6 +57,7 @@ def convert(
     menu: Sequence[Pyramid | None] = MENU,
     block: int = BLOCK,
     sinks: int = SINKS,
+    background: bool = True,
     queries: int = 64,
     pieces: int = 4,
     seed: int = 0,
@@ -70,6 +74,7 @@ def convert(
         max_share: leave out settings whose choice more queries share; with 1 the model can be decoded with a cache.
         menu: settings to choose from; None is the near field and the sinks alone.
         block, sinks: of the near field.
+        background: give every head for which it helps a background cell (:class:`farfield.far.ByHead`).
         queries: sampled in each window.
         pieces: of :data:`PIECE` tokens, for the gradients.
         seed: of the sampled queries and labels.
@@ -91,20 +96,39 @@ def convert(
         p if p is None else replace(p, sinks=sinks) for p in menu if p is None or p.share <= (max_share or p.share)
     ]
     read = torch.tensor([near_keys(length, block, sinks) + (keys_of(p, length, block) if p else 0.0) for p in offered])
+    more = far_queries(length, block, sinks)
     budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()))
+    if budget is not None and background:
+        budget -= more  # as if every head had one
     generator = torch.Generator().manual_seed(seed)
-    errors = _calibrate(model, windows, offered, block, sinks, queries, pieces, generator, progress)
+    biases = BIASES if background else (None,)
+    errors, best = _calibrate(
+        model, windows, offered, block, sinks, biases, queries, pieces, generator, progress
+    ).min(1)  # fmt: skip
     free = [layer for layer in range(number) if layer not in dense]
     choice = torch.full(errors.shape[1:], -1, dtype=torch.long)
     if free:
         choice[free] = allocate(errors[:, free], read, budget=budget, bound=error)
-    options = {"block": block, "sinks": sinks, "layers": _entries(choice, offered, dense)}
+    options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, offered, dense)}
+    spent = read[choice.clamp(min=0)]
+    if background:
+        rows = _biases(choice, best, biases, dense)
+        options["background"] = rows
+        spent = spent + more * torch.tensor(
+            [[bias is not None for bias in row or [None] * choice.shape[1]] for row in rows]
+        )
     report = {
         "farfield": __version__,
-        "asked": {"keys": keys, "error": error, "dense_layers": dense, "max_share": max_share},
+        "asked": {
+            "keys": keys,
+            "error": error,
+            "dense_layers": dense,
+            "max_share": max_share,
+            "background": background,
+        },
         "length": length,
         "calibration": {"windows": len(windows), "queries": queries, "pieces": pieces, "seed": seed},
-        **_summary(choice, errors, read, context(length)),
+        **_summary(choice, errors, spent, context(length)),
         "menu": [
             {"setting": None if p is None else _setting(p), "keys": k / context(length), "error": float(e.sum())}
             for p, k, e in zip(offered, read.tolist(), errors, strict=True)
@@ -171,12 +195,13 @@ def _calibrate(
     menu: Sequence[Pyramid | None],
     block: int,
     sinks: int,
+    biases: Sequence[float | None],
     queries: int,
     pieces: int,
     generator: torch.Generator,
     progress: Progress | None,
 ) -> Tensor:
-    """[settings, layers, heads] mean errors over the windows."""
+    """[settings, biases, layers, heads] mean errors over the windows."""
     layers = len(cores.attention_layers(model))
     device = next(model.parameters()).device
     done = {"gradients": 0, "settings": 0}
@@ -198,7 +223,7 @@ def _calibrate(
         positions = sampled(len(ids), queries, generator).to(device)
         part = window_errors(
             model, ids.to(device), menu, weight, positions=positions, block=block, sinks=sinks,
-            progress=lambda: step("settings"),
+            biases=biases, progress=lambda: step("settings"),
         )  # fmt: skip
         total = part if total is None else total + part
     assert total is not None
@@ -221,16 +246,23 @@ def _entries(choice: Tensor, menu: Sequence[Pyramid | None], dense: Sequence[int
     return entries
 
 
+def _biases(
+    choice: Tensor, best: Tensor, biases: Sequence[float | None], dense: Sequence[int]
+) -> list[list[float | None] | None]:
+    """The bias of every head's background by layer, where ``best`` [settings, layers, heads] are the best numbers."""
+    rows = best.gather(0, choice.clamp(min=0)[None])[0].tolist()
+    return [None if layer in dense else [biases[i] for i in row] for layer, row in enumerate(rows)]
+
+
 def _setting(pyramid: Pyramid) -> dict[str, Any]:
     return {name: value for name, value in group_of([], pyramid).items() if name != "heads"}
 
 
-def _summary(choice: Tensor, errors: Tensor, read: Tensor, whole: float) -> dict[str, Any]:
-    """Keys and errors of the choice, in all and by layer; -1 is exact."""
+def _summary(choice: Tensor, errors: Tensor, spent: Tensor, whole: float) -> dict[str, Any]:
+    """Keys and errors of the choice, in all and by layer; -1 is exact. ``spent`` [layers, heads] keys per query."""
     exact = choice < 0
-    index = choice.clamp(min=0)
-    keys = torch.where(exact, torch.tensor(whole), read[index]) / whole
-    lost = errors.gather(0, index[None])[0].masked_fill(exact, 0.0)
+    keys = torch.where(exact, torch.tensor(whole), spent) / whole
+    lost = errors.gather(0, choice.clamp(min=0)[None])[0].masked_fill(exact, 0.0)
     layers = [
         {"keys": k, "error": e, "settings": row}
         for k, e, row in zip(keys.mean(1).tolist(), lost.sum(1).tolist(), choice.tolist(), strict=True)

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from farfield.far import ByHead, Pyramid
 from farfield.geometry import default_levels, geometry
 from farfield.near import Blocks, Dense
+from farfield.ops.background import BackgroundStream
 from farfield.recipes import Parts
 
-__all__ = ["context", "kept_vectors", "keys_by_head", "keys_of", "near_keys"]
+__all__ = ["context", "far_queries", "kept_vectors", "keys_by_head", "keys_of", "near_keys"]
 
 Numbers = npt.NDArray[np.float64]
 
@@ -32,6 +33,11 @@ def near_keys(length: int, block: int, sinks: int) -> float:
     index = np.arange(length)
     start = _start(index, block)
     return float((index - start + 1 + np.minimum(sinks, start)).mean())
+
+
+def far_queries(length: int, block: int, sinks: int) -> float:
+    """The share of queries that have anything far: what a background cell reads per query."""
+    return float((_start(np.arange(length), block) > sinks).mean())
 
 
 def keys_of(pyramid: Pyramid, length: int, block: int) -> float:
@@ -98,6 +104,9 @@ def keys_by_head(parts: Parts, heads: int, length: int) -> Numbers:
     counted = np.full(heads, near_keys(length, block, sinks))
     for of_group, pyramid in groups:
         counted[list(of_group)] += keys_of(pyramid, length, block)
+    biases = parts.far.background if isinstance(parts.far, ByHead) else None
+    if biases is not None:
+        counted[[bias is not None for bias in biases]] += far_queries(length, block, sinks)
     return counted
 
 
@@ -129,6 +138,8 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
             shape = geometry((length,), (block,), (_integer(p.rank, "rank"),), p.levels)
             groups_seen = sum(shape.far_list(level, True).shape[1] for level in range(1, shape.levels + 1))
             total += 2 * groups_seen * shape.rank[0]
+    if isinstance(parts.far, ByHead) and parts.far.background is not None:
+        total += 2 * kv_heads * BackgroundStream(block, sinks).places
     return total
 
 

@@ -2,7 +2,9 @@
 
 ``config.farfield`` is then ``{"recipe": "converted", "options": {"block": 64, "sinks": 16, "layers": [...]}}`` with one
 entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads in no group see
-the near field and the sinks only. No group has parameters, so that plain ``from_pretrained`` reads such a model.
+the near field and the sinks only. ``"background"``, where it is there, has one entry per layer too: the bias of every
+head's background cell (:class:`farfield.far.ByHead`), null for a head or a layer without. No group has parameters, so
+that plain ``from_pretrained`` reads such a model.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ __all__ = ["CONVERTED", "check", "group_of", "layer_parts", "setting_of_layer"]
 CONVERTED = "converted"
 """The name that stands where a recipe's does."""
 
-_OPTIONS = ("block", "sinks", "layers")
+_OPTIONS = ("block", "sinks", "layers", "background")
 _SETTINGS = ("rank", "levels", "count_bias", "open", "beam", "page", "share", "rest", "choose")
 _DEFAULTS = {f.name: f.default for f in fields(Pyramid) if f.name in _SETTINGS}
 
@@ -46,10 +48,13 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown or not isinstance(options.get("layers"), list | tuple):
         raise TypeError(
-            f"settings by layer are block=, sinks= and layers= (a list, one entry per layer); got {sorted(options)}, "
-            f"layers of type {type(options.get('layers')).__name__}"
+            "settings by layer are block=, sinks=, layers= (a list, one entry per layer) and background= (the same); "
+            f"got {sorted(options)}, layers of type {type(options.get('layers')).__name__}"
         )
-    whole = {"block": 64, "sinks": 16, **options}
+    whole = {"block": 64, "sinks": 16, "background": None, **options}
+    biases = whole["background"]
+    if biases is not None and (not isinstance(biases, list | tuple) or len(biases) != len(whole["layers"])):
+        raise ValueError(f"background={biases!r}: a list of {len(whole['layers'])} entries, one per layer, is needed")
     for layer in range(len(whole["layers"])):
         layer_parts(**setting_of_layer(whole, layer))
     return whole
@@ -66,7 +71,13 @@ def setting_of_layer(options: dict[str, Any], layer: int) -> dict[str, Any]:
         raise ValueError(f"the model has a layer {layer}, and settings for {len(entries)} layers only")
     entry = entries[layer]
     groups = entry if isinstance(entry, str) else tuple(tuple(_frozen(group).items()) for group in entry)
-    return {"block": options.get("block", 64), "sinks": options.get("sinks", 16), "groups": groups}
+    biases = (options.get("background") or [None] * len(entries))[layer]
+    return {
+        "block": options.get("block", 64),
+        "sinks": options.get("sinks", 16),
+        "groups": groups,
+        "background": None if biases is None else tuple(biases),
+    }
 
 
 def _frozen(group: Any) -> dict[str, Any]:
@@ -75,13 +86,16 @@ def _frozen(group: Any) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
 
 
-def layer_parts(block: int, sinks: int, groups: str | tuple[Any, ...]) -> Parts:
+def layer_parts(
+    block: int, sinks: int, groups: str | tuple[Any, ...], background: tuple[float | None, ...] | None = None
+) -> Parts:
     """The parts of one layer.
 
     Args:
         block: tokens of a leaf block.
         sinks: leading tokens that are always seen.
         groups: "dense", or for every group the items of its settings.
+        background: the bias of every head's background cell, None for none.
 
     Raises:
         ValueError, TypeError: for settings that make no sense, with the reason.
@@ -89,6 +103,8 @@ def layer_parts(block: int, sinks: int, groups: str | tuple[Any, ...]) -> Parts:
     if isinstance(groups, str):
         if groups != "dense":
             raise ValueError(f"settings of a layer are {groups!r}: 'dense' or a list of groups would be accepted")
+        if background is not None:
+            raise ValueError(f"a dense layer with background={background}: nothing is far there; null is needed")
         return Parts(near=Dense(), far=None, merge="softmax")
     made = []
     for items in groups:
@@ -98,4 +114,4 @@ def layer_parts(block: int, sinks: int, groups: str | tuple[Any, ...]) -> Parts:
         if unknown:
             raise ValueError(f"a group of heads has settings {unknown}; heads and {', '.join(_SETTINGS)} are known")
         made.append((heads, Pyramid(summary="mean", bias=None, sinks=sinks, **setting)))
-    return Parts(near=Blocks(block), far=ByHead(tuple(made), sinks=sinks), merge="softmax")
+    return Parts(near=Blocks(block), far=ByHead(tuple(made), sinks=sinks, background=background), merge="softmax")

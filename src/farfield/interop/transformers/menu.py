@@ -19,9 +19,9 @@ def setting(rank: int, share: int, open: int, *, beam: int | None = None, page: 
     )  # fmt: skip
 
 
-def _pages(rank: int, share: int, beam: int, opens: Sequence[int]) -> list[Pyramid]:
-    """Cells first, then pages of 4 tokens under the best of them."""
-    return [setting(rank, share, open, beam=beam, page=4) for open in opens]
+def _pages(rank: int, share: int, beam: int, opens: Sequence[int], page: int = 4) -> list[Pyramid]:
+    """Cells first, then pages under the best of them."""
+    return [setting(rank, share, open, beam=beam, page=page) for open in opens]
 
 
 MENU: tuple[Pyramid | None, ...] = (
@@ -30,6 +30,10 @@ MENU: tuple[Pyramid | None, ...] = (
     *_pages(2, 4, 16, (16, 32)),
     *_pages(2, 4, 32, (16, 32, 64)),
     *_pages(2, 4, 64, (64, 128)),
+    *_pages(2, 4, 8, (8,), page=8),
+    *_pages(2, 4, 16, (16,), page=8),
+    *_pages(2, 4, 32, (16, 32), page=8),
+    *_pages(2, 4, 64, (64,), page=8),
     *_pages(4, 4, 64, (32, 64)),
     *_pages(4, 4, 128, (128,)),
     *_pages(1, 4, 16, (16, 32)),

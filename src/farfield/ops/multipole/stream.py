@@ -134,6 +134,15 @@ class MultipoleStream:
         """Where a token lies."""
         return position if position < self.sinks else self.sinks + position % self.ring
 
+    def tokens(self, cache: Cache, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, stop - start, D] of recent tokens that lie in one leaf block, sinks among them."""
+        first = min(max(start, self.sinks), stop)
+        spans = slice(start, first), slice(self._slot(first), self._slot(first) + stop - first)
+        if start == first:
+            return cache["keys"][:, :, spans[1]], cache["values"][:, :, spans[1]]
+        key, value = (torch.cat([cache[name][:, :, s] for s in spans], 2) for name in ("keys", "values"))
+        return key, value
+
     def _held(self, cache: Cache) -> int:
         """Levels for which there is room."""
         held = (cache["keys"].shape[2] - self._offset(1)) // (GROUPS * self.rank)
