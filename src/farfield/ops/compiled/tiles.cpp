@@ -1010,7 +1010,135 @@ extern "C" int farfield_score(const float* query, const float* keys, const float
   });
 }
 
+// Decoding -----------------------------------------------------------------------------------------------------------
+
+static inline float dot(const float* a, const float* b, int64_t n) {
+  Vector x{}, y{};
+  int64_t d = 0;
+  for (; d + 2 * LANES <= n; d += 2 * LANES) {
+    x += load(a + d) * load(b + d);
+    y += load(a + d + LANES) * load(b + d + LANES);
+  }
+  x += y;
+  float sum = 0.0f;
+  for (int j = 0; j < LANES; j++) sum += x[j];
+  for (; d < n; d++) sum += a[d] * b[d];
+  return sum;
+}
+
+// One query to a row: the choice among the cells of one level, then among the pages under those chosen, and attention over
+// the tokens of the pages; what stays closed is dropped.
+struct Opening {
+  const float *query, *leader;                          // [rows, D]; the leader makes the choice
+  const float *keys, *values;                           // [shared, room, D]; shared divides rows
+  const float *cells, *pages;                           // [shared, cell_room (page_room), W], W = D, or 2 D with bounds
+  float *out, *lse;                                     // [rows, D], [rows]
+  int64_t rows, shared, dim, bounds;
+  int64_t room, cell_room, page_room, visible;          // visible: cells that the query sees
+  int64_t cell, page, beam, open, sinks, count;         // tokens of a cell and of a page; count: add log(count)
+  int64_t threads;
+  float scale;
+};
+
+// One number for score and place: what is larger comes first, and of equal scores the first.
+static inline uint64_t ranked(float score, int64_t place) {
+  const uint32_t u = to_bits(score + 0.0f), order = u >> 31 ? ~u : u | 0x80000000u;
+  return (uint64_t)order << 32 | (uint32_t)(0xffffffffu - (uint32_t)place);
+}
+
+// The ``count`` first of them, by place.
+static void first(std::vector<uint64_t>& all, int64_t count) {
+  if ((int64_t)all.size() > count) {
+    std::nth_element(all.begin(), all.begin() + count, all.end(), [](uint64_t a, uint64_t b) { return a > b; });
+    all.resize(count);
+  }
+  for (uint64_t& x : all) x = 0xffffffffu - (uint32_t)x;
+  std::sort(all.begin(), all.end());
+}
+
+static void open_row(const Opening& o, int64_t row, std::vector<uint64_t>& chosen, std::vector<uint64_t>& under,
+                     std::vector<float>& memory) {
+  const int64_t of = row / (o.rows / o.shared), wide = o.bounds ? 2 * o.dim : o.dim;
+  memory.resize(wide + o.open * o.page);
+  float* const leader = memory.data();
+  for (int64_t d = 0; d < o.dim; d++) {
+    const float x = o.leader[row * o.dim + d] * o.scale;
+    leader[d] = o.bounds && x < 0.0f ? 0.0f : x;
+    if (o.bounds) leader[o.dim + d] = x > 0.0f ? 0.0f : x;
+  }
+  const auto score = [&](const float* bank, int64_t room, int64_t number, int64_t tokens, std::vector<uint64_t>& to) {
+    const int64_t left = tokens - std::max<int64_t>(0, std::min(tokens, o.sinks - number * tokens));
+    if (left <= 0) return;
+    const float s = dot(leader, bank + (of * room + number) * wide, wide) + (o.count ? std::log((float)left) : 0.0f);
+    if (s != NONE) to.push_back(ranked(s, number));
+  };
+  const int64_t per = o.cell / o.page;
+  chosen.clear();
+  for (int64_t c = 0; c < o.visible; c++) score(o.cells, o.cell_room, c, o.cell, chosen);
+  first(chosen, per > 1 ? o.beam : o.open);
+  if (per > 1) {
+    under.clear();
+    for (const uint64_t c : chosen)
+      for (int64_t p = 0; p < per; p++) score(o.pages, o.page_room, (int64_t)c * per + p, o.page, under);
+    first(under, o.open);
+    chosen.swap(under);
+  }
+  float *const weight = memory.data() + wide, *const out = o.out + row * o.dim;
+  const float *const key = o.keys + of * o.room * o.dim, *const value = o.values + of * o.room * o.dim;
+  const float* const query = o.query + row * o.dim;
+  float most = NONE;
+  int64_t n = 0;
+  for (const uint64_t p : chosen)
+    for (int64_t t = std::max<int64_t>(o.sinks, (int64_t)p * o.page); t < ((int64_t)p + 1) * o.page; t++) {
+      const float s = dot(query, key + t * o.dim, o.dim) * (o.scale * LOG2E);
+      most = s > most || s != s ? s : most;
+      weight[n++] = s;
+    }
+  std::memset(out, 0, o.dim * 4);
+  if (n == 0 || most == NONE) {
+    o.lse[row] = NONE;
+    return;
+  }
+  float total = 0.0f;
+  for (int64_t i = 0; i < n; i++) weight[i] -= most;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) put(weight + i, exp2_of(load(weight + i)));
+  for (; i < n; i++) weight[i] = exp2_of(all(weight[i]))[0];
+  for (i = 0; i < n; i++) total += weight[i];
+  i = 0;
+  for (const uint64_t p : chosen)
+    for (int64_t t = std::max<int64_t>(o.sinks, (int64_t)p * o.page); t < ((int64_t)p + 1) * o.page; t++, i++) {
+      const float w = weight[i];
+      const float* const v = value + t * o.dim;
+      for (int64_t d = 0; d < o.dim; d++) out[d] += w * v[d];
+    }
+  for (int64_t d = 0; d < o.dim; d++) out[d] /= total;
+  o.lse[row] = (std::log2(total) + most) / LOG2E;
+}
+
+extern "C" int farfield_open(const Opening* opening) {
+  return guarded([=] {
+    const Opening& o = *opening;
+    bool failed = false;
+#pragma omp parallel num_threads((int)o.threads) if (o.rows * (o.visible + o.open * o.page) * o.dim > SHORT)
+    {
+      std::vector<uint64_t> chosen, under;
+      std::vector<float> memory;
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < o.rows; row++) {
+        try {
+          open_row(o, row, chosen, under, memory);
+        } catch (...) {
+#pragma omp atomic write
+          failed = true;
+        }
+      }
+    }
+    if (failed) throw std::bad_alloc();
+  });
+}
+
 // So that a caller can see that it speaks of the same structures.
 extern "C" int64_t farfield_size(int64_t of) {
-  return of == 0 ? sizeof(Store) : of == 1 ? sizeof(Call) : sizeof(Reduction);
+  return of == 0 ? sizeof(Store) : of == 1 ? sizeof(Call) : of == 2 ? sizeof(Reduction) : sizeof(Opening);
 }

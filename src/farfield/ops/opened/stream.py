@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from farfield.geometry import default_levels
 from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows
+from farfield.ops.compiled import choice as compiled
+from farfield.ops.compiled.opening import open_rows
 from farfield.ops.multipole.summarise import summarise
 from farfield.ops.multipole.summary import Summary
 from farfield.ops.opened.api import attend_choice
@@ -43,7 +45,8 @@ class OpenedStream:
 
     A cache holds all keys and values, the queries that chose last, and for every level what the choice scores and
     (where closed cells are seen) their summaries. A step costs the choice, O(beam log n) cells (with ``levels=1`` all
-    of level 1), and the opened tokens; when a block is complete, O(n) once.
+    of level 1), and the opened tokens; when a block is complete, O(n) once (O(block) where bounds choose on one level
+    and the rest is dropped).
     """
 
     block: int
@@ -116,6 +119,29 @@ class OpenedStream:
             cache[f"key {level}"][:, :, : key.shape[2]] = key
             cache[f"value {level}"][:, :, : value.shape[2]] = value
 
+    def _advance(self, cache: Cache, length: int, summary: Callable[[], Summary]) -> None:
+        """As :meth:`refresh`, when a block has just become complete. O(block) where bounds choose on one level."""
+        start, above = length - self.block, self._above(cache["keys"].device)
+        if start < 0 or self.keep or above is None:
+            self.refresh(cache, length, summary)
+            return
+        batch, heads = cache["keys"].shape[:2]
+        valid = torch.arange(start, length, device=cache["keys"].device).view(1, -1, self.page) >= self.sinks
+        pages = cache["keys"][:, :, start:length].reshape(-1, *valid.shape[1:], cache["keys"].shape[-1])
+        bank = make_bank(above, pages.masked_fill(~valid[..., None], 0.0), valid, (), "bounds", self.count_bias)
+        for level, keys in enumerate(bank.keys):
+            size = keys.shape[1]
+            first = start // self.block * size
+            cache[f"score {level}"][:, :, first : first + size] = keys.view(batch, heads, *keys.shape[1:])
+
+    def _above(self, device: torch.device) -> Tree | None:
+        """The tables of one leaf block, where its cells have no others above them and need no summaries."""
+        if self.levels != 1 or self.choose != "bounds":
+            return None
+        tree = make_tree((3 * self.block,), (self.block,), (self.rank,), 1, (self.page,), True, device)
+        assert tree is not None
+        return replace(tree, children=(tree.children[0][: self.rank],))
+
     def _bank(
         self, tree: Tree, valid: Tensor, cache: Cache, summary: Summary
     ) -> tuple[Bank, dict[int, tuple[Tensor, Tensor]]]:
@@ -169,7 +195,7 @@ class OpenedStream:
             if at % self.share == 0:
                 cache["leaders"][:, :, at // self.share % self.leaders] = query[:, :, t]
             if at % self.block == 0:
-                self.refresh(cache, at, summary)
+                self._advance(cache, at, summary)
             states.append(self._one(cache, query[:, :, t : t + 1], at, scale, level_bias))
         joined = join_rows(states)
         assert isinstance(joined, AttentionState)
@@ -186,14 +212,39 @@ class OpenedStream:
                 near = attend_few(query, keys, values, scale=scale, bias=None, dtype=wide, need_lse=True)
             assert isinstance(near, AttentionState)
             states.append(near)
-        shape = self._shape(at // self.block + 1, query.device)
-        if shape is not None and self.part != "near":
-            with exactly(query.device):
-                states.append(self._far(cache, *shape, query, at, scale, level_bias))
+        if self.part != "near":
+            if self._compiled(cache):
+                states += self._opened(cache, query, at, scale)
+            else:
+                shape = self._shape(at // self.block + 1, query.device)
+                if shape is not None:
+                    with exactly(query.device):
+                        states.append(self._far(cache, *shape, query, at, scale, level_bias))
         if not states:
             nothing = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
             return AttentionState(torch.zeros_like(query), nothing)
         return merge_states(*states)
+
+    def _compiled(self, cache: Cache) -> bool:
+        """Whether one compiled call opens pages and attends: float32 on the CPU, one level, the rest dropped."""
+        keys = cache["keys"]
+        plain = keys.device.type == "cpu" and keys.dtype == torch.float32 and self.levels == 1 and not self.keep
+        return plain and compiled.why_not() is None
+
+    def _opened(self, cache: Cache, query: Tensor, at: int, scale: float) -> list[AttentionState]:
+        """As :meth:`_far`, compiled; nothing where nothing is far."""
+        visible = (at // self.block - 1) * self.rank
+        if visible <= 0:
+            return []
+        cell = self.block // self.rank
+        leader = cache["leaders"][:, :, at // self.share % self.leaders]
+        pages = cache["score 0"] if cell > self.page else None
+        out, lse = open_rows(
+            query[:, :, 0], leader, cache["keys"], cache["values"], cache["score 1"], pages, visible=visible, cell=cell,
+            page=self.page, beam=self.beam, open=self.open, sinks=self.sinks, bounds=self.choose == "bounds",
+            count_bias=self.count_bias, scale=scale,
+        )  # fmt: skip
+        return [AttentionState(out[:, :, None], lse[:, :, None])]
 
     def _far(
         self,
