@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +213,7 @@ class _ByHead(StreamModule):
         """Every group's far field merged into the near field of its heads."""
         if not far:
             return near
-        index = torch.tensor([head for heads in self.heads for head in heads], device=near.out.device)
+        index = _index(tuple(head for heads in self.heads for head in heads), near.out.device)
         joint = merge_states(
             AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)),
             AttentionState(torch.cat([state.out for state in far], 1), torch.cat([state.lse for state in far], 1)),
@@ -366,4 +367,16 @@ def _take(x: Tensor, heads: list[int]) -> Tensor:
     """[B, H, N, D] -> the heads of these numbers."""
     if heads == list(range(x.shape[1])):
         return x
-    return x.index_select(1, torch.tensor(heads, device=x.device))
+    return x.index_select(1, _index(tuple(heads), x.device))
+
+
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers on a device; kept, except while tracing, since a step of decoding has little else to do."""
+    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
+    return (_kept_index.__wrapped__ if traced else _kept_index)(heads, device)
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _kept_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(heads, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -390,15 +391,7 @@ class _Pyramid(StreamModule):
 
     def _opening(self, rewind: int) -> OpenedStream | None:
         """The stream with opened cells, or None where nothing is opened."""
-        o, (block,), (rank,) = self.options, self.shape.block, self.shape.rank
-        if not o.open:
-            return None
-        (page,) = per_axis(block // rank if o.page is None else o.page, 1, "Pyramid.page")
-        return OpenedStream(
-            block=block, rank=rank, levels=o.levels, open=o.open, beam=o.open if o.beam is None else o.beam, page=page,
-            share=o.share, keep=o.rest == "keep", choose=o.choose, count_bias=o.count_bias, sinks=o.sinks,
-            part=self.part, rewind=rewind,
-        )  # fmt: skip
+        return _opening(self.options, self.shape, self.part, rewind) if self.options.open else None
 
     def why_no_stream(self, spec: StreamSpec) -> str | None:
         """See :class:`farfield.streaming.StreamModule`."""
@@ -487,6 +480,17 @@ class _Pyramid(StreamModule):
     def extra_repr(self) -> str:
         """What was asked for."""
         return f"{self.options!r}, part={self.part!r}"
+
+
+@lru_cache(maxsize=1024)
+def _opening(o: Pyramid, shape: Geometry, part: str, rewind: int) -> OpenedStream:
+    (block,), (rank,) = shape.block, shape.rank
+    (page,) = per_axis(block // rank if o.page is None else o.page, 1, "Pyramid.page")
+    return OpenedStream(
+        block=block, rank=rank, levels=o.levels, open=o.open, beam=o.open if o.beam is None else o.beam, page=page,
+        share=o.share, keep=o.rest == "keep", choose=o.choose, count_bias=o.count_bias, sinks=o.sinks, part=part,
+        rewind=rewind,
+    )  # fmt: skip
 
 
 def _averaging_taps(shape: Geometry, level: int) -> Tensor:
