@@ -75,6 +75,13 @@ def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke
     again = transformers.AutoTokenizer.from_pretrained(out)
     assert again("far, near").input_ids == tokenizer()("far, near").input_ids
 
+    more = invoke(
+        "convert", folder, "--calibration", out / "calibration.safetensors", "--keys", 0.95, "--out", tmp_path / "more",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert more.exit_code == 0, more.output
+    assert report["keys"] < json.loads((tmp_path / "more" / "conversion.json").read_text())["keys"] <= 0.95
+
     plot = tmp_path / "plot.png"
     said = invoke(
         "eval", out, "--against", folder, "--text", text, "--lengths", "300x2,500", "--windows", 1, "--passkey",
@@ -115,6 +122,8 @@ def test_a_table_for_one_model(folder: Path, text: Path, invoke: Callable[..., R
         (["eval", "MODEL", "--text", "nowhere.txt"], "no text file nowhere.txt"),
         (["eval", "EMPTY", "--text", "TEXT"], "has no config.json"),
         (["convert", "MODEL", "--text", "TEXT", "--out", "MODEL"], "is not empty"),
+        (["convert", "MODEL", "--out", "NEW"], "give --text FILE"),
+        (["convert", "MODEL", "--calibration", "TEXT", "--out", "NEW"], "is no calibration"),
         (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--dense-layers", "last"], "'last' are no layers"),
         (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--length", "100"], "more than 192 tokens"),
         (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--length", "300", "--keys", "0"], "keys=0.0"),

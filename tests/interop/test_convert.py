@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
@@ -26,6 +27,7 @@ from farfield.interop.transformers.calibrate import (  # noqa: E402
     sampled,
     watched,
 )
+from farfield.interop.transformers.calibration import Calibration  # noqa: E402
 from farfield.interop.transformers.convert import convert, save  # noqa: E402
 from farfield.interop.transformers.evaluate import Result, cost_of, loss, measure  # noqa: E402
 from farfield.interop.transformers.keys import (  # noqa: E402
@@ -269,8 +271,33 @@ def test_a_converted_model_keeps_its_budget_and_loads_plainly(tmp_path: Path) ->
 
 def test_equal_seeds_choose_alike_and_more_keys_lose_less() -> None:
     (_, a), (_, b), (_, c) = small(keys=0.5), small(keys=0.5), small(keys=0.8)
-    assert a == b
+    assert (a.options, a.report) == (b.options, b.report)
+    assert torch.equal(a.calibration.errors, b.calibration.errors)
     assert c.report["estimated_divergence"] < a.report["estimated_divergence"]
+
+
+def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
+    """Read back, it chooses as the model's own would, whatever is left out of it."""
+    _, first = small(keys=0.5)
+    first.calibration.save(tmp_path / "c.safetensors")
+    kept = Calibration.load(tmp_path / "c.safetensors")
+    assert kept.menu == first.calibration.menu
+    for changes in ({"keys": 0.5}, {"keys": 0.8}, {"keys": 0.7, "max_share": 1}, {"keys": 0.6, "background": False}):
+        _, fresh = small(**changes)
+        again = convert(make("Llama"), calibration=kept, **changes)
+        assert again.options == fresh.options
+        assert again.report["keys"] == pytest.approx(fresh.report["keys"])
+        assert again.report["estimated_divergence"] == pytest.approx(fresh.report["estimated_divergence"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"the calibration is of \[2, 4\] layers and heads, the model has \[3, 4\]"):
+        convert(make("Llama", num_hidden_layers=3), calibration=kept, keys=0.5)
+    with pytest.raises(FileNotFoundError, match="there is no calibration"):
+        Calibration.load(tmp_path / "d.safetensors")
+    (tmp_path / "d.safetensors").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is no calibration"):
+        Calibration.load(tmp_path / "d.safetensors")
+    save_file({"errors": torch.zeros(1)}, tmp_path / "e.safetensors")
+    with pytest.raises(ValueError, match="is no calibration"):
+        Calibration.load(tmp_path / "e.safetensors")
 
 
 def test_a_background_helps_and_can_be_left_out() -> None:

@@ -24,11 +24,15 @@ def convert_command(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A folder of Transformers, or a GGUF file of a Llama.")
     ],
-    text: Annotated[
-        list[Path],
-        typer.Option("--text", help="Calibration text like what the model will read, plain or .xz; repeatable."),
-    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the converted model.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Calibration text like what the model will read, plain or .xz; repeatable."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Instead of --text: calibration.safetensors of an earlier conversion, for another budget."),
+    ] = None,
     keys: Annotated[
         float | None,
         typer.Option(help=f"Keys read per query, as a share of the mean context. [default: {_DEFAULT_KEYS}]"),
@@ -55,6 +59,7 @@ def convert_command(
     from rich.console import Console
 
     from farfield.interop.transformers import texts
+    from farfield.interop.transformers.calibration import Calibration
     from farfield.interop.transformers.convert import convert, save
     from farfield.interop.transformers.pretrained import read
 
@@ -64,7 +69,10 @@ def convert_command(
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"{out} is not empty; give another --out")
     place = device_option(device)
-    read_texts = {path: texts.read_text(path) for path in text}
+    if bool(text) == (calibration is not None):
+        raise ValueError("give --text FILE (repeatable), or --calibration FILE of an earlier conversion")
+    earlier = None if calibration is None else Calibration.load(calibration)
+    read_texts = {path: texts.read_text(path) for path in text or ()}
     probe(out)
     console = Console(highlight=False)
     start = time.perf_counter()
@@ -75,11 +83,12 @@ def convert_command(
         spans += texts.spread(pretrained.tokenizer, content, length, windows, seed, str(path))
     with _Progress(console) as told:
         conversion = convert(
-            pretrained.model, spans, keys=keys, error=error, dense_layers=exact, max_share=share, background=background,
-            queries=queries, seed=seed, progress=told,
+            pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact, max_share=share,
+            background=background, queries=queries, seed=seed, progress=told,
         )  # fmt: skip
-    save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text])
+    save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])
     report = conversion.report
+    length = conversion.calibration.length
     heads = [len(layer["settings"]) for layer in report["layers"]]
     alone = sum(layer["settings"].count(0) for layer in report["layers"])
     console.print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from farfield import __version__
 from farfield.far import Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.budget import allocate
-from farfield.interop.transformers.calibrate import fisher, sampled, window_errors
+from farfield.interop.transformers.calibration import BIASES, Calibration, Progress, calibrate
 from farfield.interop.transformers.keys import context, far_queries, keys_of, near_keys
 from farfield.interop.transformers.layers import CONVERTED, group_of
 from farfield.interop.transformers.loading import configure
@@ -23,14 +23,8 @@ from farfield.interop.transformers.menu import BLOCK, MENU, SINKS
 
 __all__ = ["Conversion", "Progress", "convert", "save"]
 
-PIECE = 1024
-"""Tokens of a piece on which gradients are taken."""
-
-BIASES = (None, *(i / 2 for i in range(-8, 9)))
-"""Biases of a background cell that are tried for every head."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage in words, the steps done and all of them."""
+CALIBRATION = "calibration.safetensors"
+"""The file of a converted model's folder that serves other budgets."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +34,19 @@ class Conversion:
     Attributes:
         options: of ``configure(model, "converted", **options)``.
         report: the menu, the choice by layer, keys and estimated errors; JSON-able.
+        calibration: what it was chosen by; serves other budgets too.
     """
 
     options: dict[str, Any]
     report: dict[str, Any]
+    calibration: Calibration
 
 
 def convert(
     model: Any,
-    windows: Sequence[Tensor],
+    windows: Sequence[Tensor] = (),
     *,
+    calibration: Calibration | None = None,
     keys: float | None = None,
     error: float | None = None,
     dense_layers: Sequence[int] = (),
@@ -67,18 +64,14 @@ def convert(
 
     Args:
         model: a Transformers causal language model whose layers see their whole causal context; changed in place.
-        windows: token ids [N] each, of one length, of calibration text like that which the model will read.
+        windows, menu, block, sinks, queries, pieces, seed, progress: of the calibration, see
+            :func:`farfield.interop.transformers.calibration.calibrate`.
+        calibration: one that was made before, of this model; instead of all of these.
         keys: keys read per query, as a share of the mean causal context, over all layers and heads.
         error: instead of ``keys``, the highest estimated divergence from the original, in nats per token.
         dense_layers: layers that stay exact; they count as a whole context each.
         max_share: leave out settings whose choice more queries share; with 1 the model can be decoded with a cache.
-        menu: settings to choose from; None is the near field and the sinks alone.
-        block, sinks: of the near field.
         background: give every head for which it helps a background cell (:class:`farfield.far.ByHead`).
-        queries: sampled in each window.
-        pieces: of :data:`PIECE` tokens, for the gradients.
-        seed: of the sampled queries and labels.
-        progress: told of every step.
 
     Returns:
         The choice. Deterministic for equal arguments on one machine.
@@ -86,60 +79,67 @@ def convert(
     Raises:
         ValueError: when the model cannot be converted so, or no choice keeps the budget or the bound.
     """
-    length = _common_length(windows, block)
     _check_target(keys, error)
-    number = len(cores.attention_layers(model))
+    shape = _heads(model)
+    number = shape[0]
     dense = sorted(set(dense_layers))
     if any(not 0 <= layer < number for layer in dense):
         raise ValueError(f"dense layers {dense}: the model has layers 0 to {number - 1}")
-    offered = [
-        p if p is None else replace(p, sinks=sinks) for p in menu if p is None or p.share <= (max_share or p.share)
-    ]
-    read = torch.tensor([near_keys(length, block, sinks) + (keys_of(p, length, block) if p else 0.0) for p in offered])
-    more = far_queries(length, block, sinks)
-    budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()))
-    if budget is not None and background:
-        budget -= more  # as if every head had one
-    generator = torch.Generator().manual_seed(seed)
-    biases = BIASES if background else (None,)
-    errors, best = _calibrate(
-        model, windows, offered, block, sinks, biases, queries, pieces, generator, progress
-    ).min(1)  # fmt: skip
+    if calibration is None:
+        with_sinks = [p if p is None else replace(p, sinks=sinks) for p in menu]
+        offered = [p for p in with_sinks if p is None or p.share <= (max_share or p.share)]
+        calibration = calibrate(
+            model, windows, menu=offered, biases=BIASES if background else (None,), block=block, sinks=sinks,
+            queries=queries, pieces=pieces, seed=seed, progress=progress,
+        )  # fmt: skip
+    if calibration.errors.shape[2:] != shape:
+        raise ValueError(
+            f"the calibration is of {list(calibration.errors.shape[2:])} layers and heads, the model has {list(shape)}"
+        )
+    made = calibration
+    length, block, sinks = made.length, made.block, made.sinks
+    few = [i for i, p in enumerate(made.menu) if p is None or p.share <= (max_share or p.share)]
+    some = [i for i, bias in enumerate(made.biases) if background or bias is None]
+    kept, biases = [made.menu[i] for i in few], [made.biases[i] for i in some]
+    errors, best = made.errors[few][:, some].min(1)
+    read = torch.tensor([near_keys(length, block, sinks) + (keys_of(p, length, block) if p else 0.0) for p in kept])
+    more = far_queries(length, block, sinks) if len(biases) > 1 else 0.0
+    budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()) + more)
     free = [layer for layer in range(number) if layer not in dense]
     choice = torch.full(errors.shape[1:], -1, dtype=torch.long)
     if free:
-        choice[free] = allocate(errors[:, free], read, budget=budget, bound=error)
-    options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, offered, dense)}
+        # As if every head had a background.
+        choice[free] = allocate(errors[:, free], read + more, budget=budget, bound=error)
+    options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, kept, dense)}
     spent = read[choice.clamp(min=0)]
-    if background:
+    if len(biases) > 1:
         rows = _biases(choice, best, biases, dense)
         options["background"] = rows
-        spent = spent + more * torch.tensor(
-            [[bias is not None for bias in row or [None] * choice.shape[1]] for row in rows]
-        )
+        spent = spent + more * torch.tensor([[b is not None for b in row or [None] * shape[1]] for row in rows])
     report = {
         "farfield": __version__,
         "asked": {
-            "keys": keys,
-            "error": error,
-            "dense_layers": dense,
-            "max_share": max_share,
-            "background": background,
+            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "background": background,
         },
         "length": length,
-        "calibration": {"windows": len(windows), "queries": queries, "pieces": pieces, "seed": seed},
+        "calibration": made.effort,
         **_summary(choice, errors, spent, context(length)),
         "menu": [
             {"setting": None if p is None else _setting(p), "keys": k / context(length), "error": float(e.sum())}
-            for p, k, e in zip(offered, read.tolist(), errors, strict=True)
+            for p, k, e in zip(kept, read.tolist(), errors, strict=True)
         ],
-    }
+    }  # fmt: skip
     configure(model, CONVERTED, **options)
-    return Conversion(options, report)
+    return Conversion(options, report, made)
+
+
+def _heads(model: Any) -> tuple[int, int]:
+    """Layers and query heads."""
+    return len(cores.attention_layers(model)), model.config.num_attention_heads
 
 
 def save(model: Any, tokenizer: Any, conversion: Conversion, folder: str | Path, **more: Any) -> None:
-    """Writes model, tokenizer and `conversion.json` to a folder, which plain `from_pretrained` reads.
+    """Writes model, tokenizer, `conversion.json` and `calibration.safetensors` to a folder for plain `from_pretrained`.
 
     Args:
         model, conversion: after and of :func:`convert`.
@@ -153,19 +153,7 @@ def save(model: Any, tokenizer: Any, conversion: Conversion, folder: str | Path,
         tokenizer.save_pretrained(path)
     report = {**more, **conversion.report}
     (path / "conversion.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _common_length(windows: Sequence[Tensor], block: int) -> int:
-    lengths = {len(ids) for ids in windows}
-    if len(lengths) != 1:
-        raise ValueError(f"calibration needs windows of one length, got lengths {sorted(lengths)}")
-    (length,) = lengths
-    if length <= 3 * block:
-        raise ValueError(
-            f"calibration windows of {length} tokens have no far field beside blocks of {block}: "
-            f"more than {3 * block} tokens are needed"
-        )
-    return length
+    conversion.calibration.save(path / CALIBRATION)
 
 
 def _check_target(keys: float | None, error: float | None) -> None:
@@ -187,47 +175,6 @@ def _left(keys: float, whole: float, layers: int, dense: int, least: float) -> f
             f"keys={keys:g} with {dense} dense layers of {layers}: the least that can be read is {reachable:.4f}"
         )
     return left
-
-
-def _calibrate(
-    model: Any,
-    windows: Sequence[Tensor],
-    menu: Sequence[Pyramid | None],
-    block: int,
-    sinks: int,
-    biases: Sequence[float | None],
-    queries: int,
-    pieces: int,
-    generator: torch.Generator,
-    progress: Progress | None,
-) -> Tensor:
-    """[settings, biases, layers, heads] mean errors over the windows."""
-    layers = len(cores.attention_layers(model))
-    device = next(model.parameters()).device
-    done = {"gradients": 0, "settings": 0}
-    steps = {"gradients": pieces, "settings": layers * len(windows)}
-
-    def step(stage: str) -> None:
-        done[stage] += 1
-        if progress is not None:
-            progress(stage, done[stage], steps[stage])
-
-    # Equally far apart, so that text from every window and every place is among them.
-    size = min(PIECE, len(windows[0]))
-    chosen = [windows[i % len(windows)] for i in range(pieces)]
-    starts = [round(i / max(1, pieces - 1) * (len(windows[0]) - size)) for i in range(pieces)]
-    short = [ids[start : start + size].to(device) for ids, start in zip(chosen, starts, strict=True)]
-    weight = fisher(model, short, generator, lambda: step("gradients"))
-    total: Tensor | None = None
-    for ids in windows:
-        positions = sampled(len(ids), queries, generator).to(device)
-        part = window_errors(
-            model, ids.to(device), menu, weight, positions=positions, block=block, sinks=sinks,
-            biases=biases, progress=lambda: step("settings"),
-        )  # fmt: skip
-        total = part if total is None else total + part
-    assert total is not None
-    return total.cpu() / len(windows)
 
 
 def _entries(choice: Tensor, menu: Sequence[Pyramid | None], dense: Sequence[int]) -> list[Any]:

@@ -16,7 +16,7 @@ from farfield.far import ByHead, Pyramid
 from farfield.near import Blocks, Dense
 from farfield.recipes import Parts
 
-__all__ = ["CONVERTED", "check", "group_of", "layer_parts", "setting_of_layer"]
+__all__ = ["CONVERTED", "check", "group_of", "layer_parts", "pyramid_of", "setting_of_layer"]
 
 CONVERTED = "converted"
 """The name that stands where a recipe's does."""
@@ -36,6 +36,19 @@ def group_of(heads: list[int], pyramid: Pyramid) -> dict[str, Any]:
         raise ValueError(f"{pyramid!r}: summary='mean', bias=None and query_rank=None would be accepted")
     named = {name: getattr(pyramid, name) for name in _SETTINGS}
     return {"heads": list(heads), **{k: v for k, v in named.items() if v != _DEFAULTS[k]}}
+
+
+def pyramid_of(group: dict[str, Any], sinks: int) -> tuple[tuple[int, ...], Pyramid]:
+    """Heads and pyramid of a group as the config holds it: the inverse of :func:`group_of`.
+
+    Raises:
+        ValueError, TypeError: for settings that make no sense, with the reason.
+    """
+    unknown = sorted(set(group) - {"heads", *_SETTINGS})
+    if unknown:
+        raise ValueError(f"a group of heads has settings {unknown}; heads and {', '.join(_SETTINGS)} are known")
+    own = {name: value for name, value in group.items() if name != "heads"}
+    return tuple(group.get("heads", ())), Pyramid(summary="mean", bias=None, sinks=sinks, **own)
 
 
 def check(options: dict[str, Any]) -> dict[str, Any]:
@@ -106,12 +119,5 @@ def layer_parts(
         if background is not None:
             raise ValueError(f"a dense layer with background={background}: nothing is far there; null is needed")
         return Parts(near=Dense(), far=None, merge="softmax")
-    made = []
-    for items in groups:
-        setting = dict(items)
-        heads = setting.pop("heads", ())
-        unknown = sorted(set(setting) - set(_SETTINGS))
-        if unknown:
-            raise ValueError(f"a group of heads has settings {unknown}; heads and {', '.join(_SETTINGS)} are known")
-        made.append((heads, Pyramid(summary="mean", bias=None, sinks=sinks, **setting)))
+    made = [pyramid_of(dict(items), sinks) for items in groups]
     return Parts(near=Blocks(block), far=ByHead(tuple(made), sinks=sinks, background=background), merge="softmax")

@@ -1,0 +1,173 @@
+"""What every setting would cost every head of a model, on text: made once, kept in a file, spent by any budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farfield.far import Pyramid
+from farfield.interop.transformers import cores
+from farfield.interop.transformers.calibrate import fisher, sampled, window_errors
+from farfield.interop.transformers.layers import group_of, pyramid_of
+from farfield.interop.transformers.menu import BLOCK, MENU, SINKS
+
+__all__ = ["BIASES", "Calibration", "Progress", "calibrate"]
+
+PIECE = 1024
+"""Tokens of a piece on which gradients are taken."""
+
+BIASES: tuple[float | None, ...] = (None, *(i / 2 for i in range(-8, 9)))
+"""Biases of a background cell that are tried for every head; None: no such cell."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage in words, the steps done and all of them."""
+
+_KIND = "farfield.calibration"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Estimated errors, and what they are of.
+
+    Attributes:
+        errors: [settings, biases, layers, heads] float32, nats per token.
+        menu: the settings; None is the near field and the sinks alone.
+        biases: of a background cell.
+        length, block, sinks: tokens of a window, of a leaf block, and those that are always seen.
+        windows, queries, pieces, seed: how much text, see :func:`calibrate`.
+    """
+
+    errors: Tensor
+    menu: tuple[Pyramid | None, ...]
+    biases: tuple[float | None, ...]
+    length: int
+    block: int
+    sinks: int
+    windows: int
+    queries: int
+    pieces: int
+    seed: int
+
+    @property
+    def effort(self) -> dict[str, int]:
+        """What the estimate rests on."""
+        return {name: getattr(self, name) for name in ("windows", "queries", "pieces", "seed")}
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        about = {name: x for name, x in asdict(self).items() if name not in ("errors", "menu")}
+        about["menu"] = [None if p is None else group_of([], p) for p in self.menu]
+        target = Path(path)
+        part = target.with_name(f"{target.name}.part")
+        save_file({"errors": self.errors.contiguous()}, part, metadata={_KIND: json.dumps(about)})
+        part.replace(target)
+
+    @staticmethod
+    def load(path: str | Path) -> Calibration:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: for another kind of file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no calibration {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})[_KIND])
+                errors = file.get_tensor("errors")
+            menu = tuple(None if entry is None else pyramid_of(entry, about["sinks"])[1] for entry in about.pop("menu"))
+            made = Calibration(errors=errors, menu=menu, **{**about, "biases": tuple(about["biases"])})
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no calibration: {error}") from error
+        if errors.dim() != 4 or errors.shape[:2] != (len(made.menu), len(made.biases)):
+            raise ValueError(
+                f"{path} is no calibration: errors {list(errors.shape)} of {len(made.menu)} settings and "
+                f"{len(made.biases)} biases"
+            )
+        return made
+
+
+def calibrate(
+    model: Any,
+    windows: Sequence[Tensor],
+    *,
+    menu: Sequence[Pyramid | None] = MENU,
+    biases: Sequence[float | None] = BIASES,
+    block: int = BLOCK,
+    sinks: int = SINKS,
+    queries: int = 64,
+    pieces: int = 4,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Estimates the error of every setting in every head of a model.
+
+    Args:
+        model: a Transformers causal language model whose layers see their whole causal context.
+        windows: token ids [N] each, of one length, of text like that which the model will read.
+        menu: settings with ``sinks``; None is the near field and the sinks alone.
+        biases: of a background cell; None for no such cell.
+        block, sinks: of the near field.
+        queries: sampled in each window.
+        pieces: of :data:`PIECE` tokens, for the gradients.
+        seed: of the sampled queries and labels; equal seeds give equal errors on one machine.
+        progress: told of every step.
+
+    Raises:
+        ValueError: when windows differ in length or are too short, or the model cannot be converted.
+    """
+    length = _common_length(windows, block)
+    layers = len(cores.attention_layers(model))
+    device = next(model.parameters()).device
+    done = {"gradients": 0, "settings": 0}
+    steps = {"gradients": pieces, "settings": layers * len(windows)}
+
+    def step(stage: str) -> None:
+        done[stage] += 1
+        if progress is not None:
+            progress(stage, done[stage], steps[stage])
+
+    generator = torch.Generator().manual_seed(seed)
+    # Equally far apart, so that text from every window and every place is among them.
+    size = min(PIECE, length)
+    chosen = [windows[i % len(windows)] for i in range(pieces)]
+    starts = [round(i / max(1, pieces - 1) * (length - size)) for i in range(pieces)]
+    short = [ids[start : start + size].to(device) for ids, start in zip(chosen, starts, strict=True)]
+    weight = fisher(model, short, generator, lambda: step("gradients"))
+    total: Tensor | None = None
+    for ids in windows:
+        positions = sampled(length, queries, generator).to(device)
+        part = window_errors(
+            model, ids.to(device), menu, weight, positions=positions, block=block, sinks=sinks, biases=biases,
+            progress=lambda: step("settings"),
+        )  # fmt: skip
+        total = part if total is None else total + part
+    assert total is not None
+    return Calibration(
+        errors=total.cpu() / len(windows), menu=tuple(menu), biases=tuple(biases), length=length, block=block,
+        sinks=sinks, windows=len(windows), queries=queries, pieces=pieces, seed=seed,
+    )  # fmt: skip
+
+
+def _common_length(windows: Sequence[Tensor], block: int) -> int:
+    lengths = {len(ids) for ids in windows}
+    if len(lengths) != 1:
+        raise ValueError(f"calibration needs windows of one length, got lengths {sorted(lengths)}")
+    (length,) = lengths
+    if length <= 3 * block:
+        raise ValueError(
+            f"calibration windows of {length} tokens have no far field beside blocks of {block}: "
+            f"more than {3 * block} tokens are needed"
+        )
+    return length
