@@ -40,6 +40,21 @@ LAYERS: dict[str, dict[str, Any]] = {
     "fma opened, gate": {
         "near": near.Blocks(4), "far": far.Pyramid(2, summary="pooled", open=2, page=1), "merge": Gate(per="head")
     },
+    "by head, opened": {
+        "near": near.Blocks(8),
+        "far": far.ByHead(
+            (
+                (
+                    (0, 3),
+                    far.Pyramid(
+                        2, levels=1, open=3, beam=2, page=2, share=4, rest="drop", choose="bounds", bias=None, sinks=3
+                    ),
+                ),
+                ((1,), far.Pyramid(2, bias=-1.0, sinks=3)),
+            ),
+            background=(0.5, 1.0, None, -1.0),
+        ),
+    },
     "blocks": {"near": near.Blocks(5)},
     "dense": {"near": near.Dense()},
     "window": {"near": near.Window(7)},

@@ -153,8 +153,8 @@ def test_a_background_is_one_more_key_for_queries_with_a_far_field() -> None:
 
 def test_state_is_kept_where_cells_are_opened() -> None:
     parts = Parts(Blocks(8), ByHead((((0, 1), SMALL[1]),), sinks=3))
-    # Key head 0 is read by heads 0 and 1: all tokens, bounds of cells of 4 (pages of 1 are the keys themselves).
-    assert kept_vectors(parts, 4, 2, 800) == 2 * 800 + 2 * 200 + 2 * (3 + 16)
+    # All tokens; key head 0 is read by heads 0 and 1: bounds of cells of 4 (pages of 1 are the keys themselves).
+    assert kept_vectors(parts, 4, 2, 800) == 2 * 2 * 800 + 2 * 200
     assert kept_vectors(Parts(Dense()), 4, 2, 800) == 2 * 2 * 800
 
 

@@ -19,6 +19,7 @@ from farfield.ops.background import BackgroundStream, background_state
 from farfield.ops.cache import Cache, join_rows
 from farfield.ops.multipole import multipole_attention
 from farfield.ops.multipole.stream import MultipoleStream, Weights
+from farfield.ops.opened.heads import HeadsStream, Opens
 from farfield.ops.state import AttentionState, merge_states
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
@@ -142,11 +143,12 @@ class ByHead(FarPart):
 class _ByHead(StreamModule):
     def __init__(self, options: ByHead, spec: LayerSpec, near: Blocks) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.spec = options, spec
         self.block = per_axis(near.block, spec.dims, "Blocks.block")
         self.heads = [list(heads) for heads, _ in options.groups]
         self.kv_heads = [_key_heads(heads, spec.num_heads // spec.num_kv_heads) for heads in self.heads]
         self.parts = nn.ModuleList()
+        self.together = any(_together(pyramid) for _, pyramid in options.groups)
         for heads, kv_heads, (_, pyramid) in zip(self.heads, self.kv_heads, options.groups, strict=True):
             alone = replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads))
             self.parts.append(pyramid.build_far(alone, near))
@@ -157,7 +159,7 @@ class _ByHead(StreamModule):
             part(self._of_heads(inputs, heads, kv_heads))
             for heads, kv_heads, part in zip(self.heads, self.kv_heads, self.parts, strict=True)
         ]
-        return self._joined(self._all_heads(inputs), far)
+        return self._joined(self._all_heads(inputs), far, [head for heads in self.heads for head in heads])
 
     def _all_heads(self, inputs: Inputs) -> AttentionState:
         """What all heads have in common: the near field and the background."""
@@ -209,11 +211,11 @@ class _ByHead(StreamModule):
             )
         )
 
-    def _joined(self, near: AttentionState, far: list[AttentionState]) -> AttentionState:
-        """Every group's far field merged into the near field of its heads."""
+    def _joined(self, near: AttentionState, far: list[AttentionState], heads: list[int]) -> AttentionState:
+        """The far fields of groups, one after the other of ``heads``, merged into the near field of these heads."""
         if not far:
             return near
-        index = _index(tuple(head for heads in self.heads for head in heads), near.out.device)
+        index = _index(tuple(heads), near.out.device)
         joint = merge_states(
             AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)),
             AttentionState(torch.cat([state.out for state in far], 1), torch.cat([state.lse for state in far], 1)),
@@ -240,11 +242,24 @@ class _ByHead(StreamModule):
         return parts
 
     def _stream(self, rewind: int) -> MultipoleStream:
+        """Near field and sinks, where no tokens are kept for opening."""
         assert self.options.sinks is not None
         return MultipoleStream(self.block[0], 1, None, False, self.options.sinks, "near", rewind)
 
     def _sums(self, rewind: int) -> BackgroundStream:
         return BackgroundStream(self.block[0], self.options.sinks or 0, rewind)
+
+    def _apart(self) -> list[tuple[str, StreamModule, list[int], list[int]]]:
+        """Those of :meth:`_parts` that have a cache of their own."""
+        return [
+            entry
+            for entry, (_, pyramid) in zip(self._parts(), self.options.groups, strict=True)
+            if not _together(pyramid)
+        ]
+
+    def _kept(self, rewind: int) -> HeadsStream:
+        """Near field, sinks, background, and all groups that open cells of one level, on one copy of the tokens."""
+        return _heads_stream(self.options, self.block[0], self.spec.num_heads, self.spec.num_kv_heads, rewind)
 
     def why_no_stream(self, spec: StreamSpec) -> str | None:
         """See :class:`farfield.streaming.StreamModule`."""
@@ -252,62 +267,81 @@ class _ByHead(StreamModule):
         return next((reason for reason in reasons if reason is not None), None)
 
     def empty_cache(self, spec: StreamSpec) -> Cache:
-        """The last blocks and the sinks, and what the pyramid of every group keeps for its heads."""
-        cache = {
-            f"near/{name}": x
-            for name, x in self._stream(spec.rewind)
-            .empty(spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
-            .items()
-        }
-        if self.options.background is not None:
-            sums = self._sums(spec.rewind)
-            own = sums.empty(spec.batch_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
-            cache |= {f"background/{name}": x for name, x in own.items()}
-        for prefix, part, heads, kv_heads in self._parts():
+        """All tokens where cells of one level are opened, otherwise the last blocks and the sinks.
+
+        Beside them what every other pyramid keeps for its heads.
+        """
+        place = spec.dtype, spec.device
+        if self.together:
+            own = self._kept(spec.rewind).empty(spec.batch_size, spec.head_dim, *place)
+            cache = {f"tokens/{name}": x for name, x in own.items()}
+        else:
+            sizes = spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim
+            cache = {f"near/{name}": x for name, x in self._stream(spec.rewind).empty(*sizes, *place).items()}
+            if self.options.background is not None:
+                sums = self._sums(spec.rewind).empty(spec.batch_size, spec.num_kv_heads, spec.head_dim, *place)
+                cache |= {f"background/{name}": x for name, x in sums.items()}
+        for prefix, part, heads, kv_heads in self._apart():
             own = part.empty_cache(replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads)))
             cache |= {prefix + name: x for name, x in own.items()}
         return cache
 
     def reserve(self, cache: Cache, length: int, rewind: int) -> None:
         """See :class:`farfield.streaming.StreamModule`."""
-        with _within(cache, "near/") as own:
-            self._stream(rewind).reserve(own, length)
-        for prefix, part, _, _ in self._parts():
+        if self.together:
+            with _within(cache, "tokens/") as own:
+                self._kept(rewind).reserve(own, length)
+        for prefix, part, _, _ in self._apart():
             with _within(cache, prefix) as own:
                 part.reserve(own, length, rewind)
 
     def resume(self, cache: Cache, length: int, rewind: int) -> None:
-        """Hides what was taken back."""
-        with _within(cache, "near/") as own:
-            self._stream(rewind).open_block(own, length, Weights())
-        for prefix, part, _, _ in self._parts():
+        """Hides what was taken back; of kept tokens nothing beyond the length is read."""
+        if not self.together:
+            with _within(cache, "near/") as own:
+                self._stream(rewind).open_block(own, length, Weights())
+        for prefix, part, _, _ in self._apart():
             with _within(cache, prefix) as own:
                 part.resume(own, length, rewind)
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
         """See :class:`farfield.streaming.StreamModule`."""
         tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
-        if length == 0 and inputs.q.shape[2] > 1:
-            near = self._all_heads(inputs)
+        whole = length == 0 and inputs.q.shape[2] > 1
+        if self.together:
+            with _within(cache, "tokens/") as own:
+                if whole:
+                    self._kept(rewind).fill(own, *tokens)
+                    common = self._all_heads(inputs)
+                else:
+                    common = self._kept(rewind).step(own, *tokens, length, scale=inputs.scale)
+        elif whole:
+            common = self._all_heads(inputs)
             with _within(cache, "near/") as own:
                 self._stream(rewind).fill(own, *tokens[1:])
             with _within(cache, "background/") as own:
                 if own:
                     self._sums(rewind).fill(own, *tokens[1:])
         else:
-            near = self._step_all_heads(tokens, cache, length, rewind, inputs.scale)
-        far = []
-        for prefix, part, heads, kv_heads in self._parts():
-            with _within(cache, prefix) as own:
-                of_group = part.step(self._of_heads(inputs, heads, kv_heads), own, length, rewind, True)
-                assert isinstance(of_group, AttentionState)
-                far.append(of_group)
-        return self._joined(near, far)
+            common = self._step_near(tokens, cache, length, rewind, inputs.scale)
+        far, index = [], []
+        for (prefix, part, heads, kv_heads), (_, pyramid) in zip(self._parts(), self.options.groups, strict=True):
+            if _together(pyramid):
+                if not whole:
+                    continue
+                of_group = part(self._of_heads(inputs, heads, kv_heads))
+            else:
+                with _within(cache, prefix) as own:
+                    of_group = part.step(self._of_heads(inputs, heads, kv_heads), own, length, rewind, True)
+            assert isinstance(of_group, AttentionState)
+            far.append(of_group)
+            index += heads
+        return self._joined(common, far, index)
 
-    def _step_all_heads(
+    def _step_near(
         self, tokens: tuple[Tensor, Tensor, Tensor], cache: Cache, length: int, rewind: int, scale: float
     ) -> AttentionState:
-        """As :meth:`_all_heads`, for tokens [B, H, T, D] after ``length`` others."""
+        """As :meth:`_all_heads`, for tokens [B, H, T, D] after ``length`` others, from the last blocks."""
         stream, sums, block = self._stream(rewind), self._sums(rewind), self.block[0]
         with _within(cache, "near/") as near, _within(cache, "background/") as own:
             if not own:
@@ -334,6 +368,26 @@ class _ByHead(StreamModule):
     def extra_repr(self) -> str:
         """What was asked for."""
         return f"{self.options!r}"
+
+
+def _together(pyramid: Pyramid) -> bool:
+    """Whether decoding can keep one copy of the tokens for this group and others: see :class:`HeadsStream`."""
+    plain = pyramid.choose == "bounds" or (pyramid.summary == "mean" and pyramid.rope == "tokens")
+    return bool(pyramid.open) and pyramid.levels == 1 and pyramid.rest == "drop" and plain
+
+
+@lru_cache(maxsize=1024)
+def _heads_stream(options: ByHead, block: int, num_heads: int, kv_heads: int, rewind: int) -> HeadsStream:
+    heads: list[Opens | None] = [None] * num_heads
+    for of_group, p in options.groups:
+        if _together(p):
+            (rank,) = per_axis(p.rank, 1, "Pyramid.rank")
+            (page,) = per_axis(block // rank if p.page is None else p.page, 1, "Pyramid.page")
+            beam = p.open if p.beam is None else p.beam
+            opens = Opens(block // rank, page, beam, p.open, p.share, p.choose, p.count_bias)
+            for head in of_group:
+                heads[head] = opens
+    return HeadsStream(block, options.sinks or 0, tuple(heads), kv_heads, options.background, rewind)
 
 
 @contextmanager

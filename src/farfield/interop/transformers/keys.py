@@ -113,7 +113,8 @@ def keys_by_head(parts: Parts, heads: int, length: int) -> Numbers:
 def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
     """Vectors per layer that decoding at ``length`` tokens has to keep: keys, values and what choices score.
 
-    A key head that no opened group reads keeps two blocks and the sinks, and the summaries of its plain pyramids.
+    All tokens where anything is opened, otherwise two blocks and the sinks; what choices score; summaries of plain
+    pyramids; the sums of a background.
 
     Raises:
         ValueError: for parts that are not counted.
@@ -124,20 +125,18 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
         raise ValueError(f"what near={parts.near!r} keeps is not counted; Blocks and Dense are")
     block = _integer(parts.near.block, "block")
     groups, sinks = _groups(parts.far, heads)
-    total = 0
-    for head in range(kv_heads):
-        readers = {p for of_group, p in groups if any(h * kv_heads // heads == head for h in of_group)}
-        opened = [p for p in readers if p.open]
-        total += 2 * (length if opened else min(length, sinks + 2 * block))
-        scored = set()
-        for p in opened:
-            sides = {block // _integer(p.rank, "rank")} | (set() if p.page is None else {_integer(p.page, "page")})
-            scored |= {(side, p.choose) for side in sides}
-        total += sum((2 if choose == "bounds" else 1) * (length // side) for side, choose in scored if side > 1)
-        for p in readers - set(opened):
-            shape = geometry((length,), (block,), (_integer(p.rank, "rank"),), p.levels)
-            groups_seen = sum(shape.far_list(level, True).shape[1] for level in range(1, shape.levels + 1))
-            total += 2 * groups_seen * shape.rank[0]
+    opened = [(h * kv_heads // heads, p) for of_group, p in groups if p.open for h in of_group]
+    plain = [(h * kv_heads // heads, p) for of_group, p in groups if not p.open for h in of_group]
+    total = 2 * kv_heads * (length if opened else min(length, sinks + 2 * block))
+    scored = set()
+    for head, p in opened:
+        sides = {block // _integer(p.rank, "rank")} | (set() if p.page is None else {_integer(p.page, "page")})
+        scored |= {(head, side, p.choose) for side in sides if side > 1}
+    total += sum((2 if choose == "bounds" else 1) * (length // side) for _, side, choose in scored)
+    for _, p in set(plain):
+        shape = geometry((length,), (block,), (_integer(p.rank, "rank"),), p.levels)
+        groups_seen = sum(shape.far_list(level, True).shape[1] for level in range(1, shape.levels + 1))
+        total += 2 * groups_seen * shape.rank[0]
     if isinstance(parts.far, ByHead) and parts.far.background is not None:
         total += 2 * kv_heads * BackgroundStream(block, sinks).places
     return total

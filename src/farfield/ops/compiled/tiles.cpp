@@ -1026,19 +1026,22 @@ static inline float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-// One query to a row: the choice among the cells of one level, then among the pages under those chosen, and attention over
-// the tokens of the pages; what stays closed is dropped.
-struct Opening {
-  const float *query, *leader;                          // [rows, D]; the leader makes the choice
-  const float *keys, *values;                           // [shared, room, D]; shared divides rows
-  const float *cells, *pages;                           // [shared, cell_room (page_room), W], W = D, or 2 D with bounds
-  float *out, *lse;                                     // [rows, D], [rows]
-  int64_t rows, shared, dim, bounds;
-  int64_t room, cell_room, page_room, visible;          // visible: cells that the query sees
-  int64_t cell, page, beam, open, sinks, count;         // tokens of a cell and of a page; count: add log(count)
-  int64_t threads;
+// A step of decoding. Every row of [batch, heads] reads, in one softmax: sinks and near field; the tokens of the pages that
+// its leader opens, by a choice among the cells of one level and then among the pages under those; its background cell.
+struct Step {
+  const float *query, *queries;                         // [batch, heads, D]; [batch, heads, ring, D], the last ones
+  const float *keys, *values;                           // [batch, shared, room, D]
+  const float* const* banks;                            // [batch, of, bank_room, D or 2 D] what is scored
+  const int64_t *bank_of, *bank_room;
+  const int64_t* table;                                 // [heads, HEAD]
+  const float *sums, *biases;                           // [batch, shared, places, 2 D] and [heads], or null
+  float *out, *lse;                                     // [batch, heads, D], [batch, heads]
+  int64_t batch, heads, shared, dim, ring, room, places, at, block, sinks, threads;
   float scale;
 };
+
+// What a row of the table says. A bank of -1: the keys themselves.
+enum { KEY_HEAD, CELL_BANK, CELL_ROW, PAGE_BANK, PAGE_ROW, CELL, PAGE, BEAM, OPEN, SHARE, BOUNDS, COUNT, HEAD };
 
 // One number for score and place: what is larger comes first, and of equal scores the first.
 static inline uint64_t ranked(float score, int64_t place) {
@@ -1056,78 +1059,98 @@ static void first(std::vector<uint64_t>& all, int64_t count) {
   std::sort(all.begin(), all.end());
 }
 
-static void open_row(const Opening& o, int64_t row, std::vector<uint64_t>& chosen, std::vector<uint64_t>& under,
-                     std::vector<float>& memory) {
-  const int64_t of = row / (o.rows / o.shared), wide = o.bounds ? 2 * o.dim : o.dim;
-  memory.resize(wide + o.open * o.page);
-  float* const leader = memory.data();
-  for (int64_t d = 0; d < o.dim; d++) {
-    const float x = o.leader[row * o.dim + d] * o.scale;
-    leader[d] = o.bounds && x < 0.0f ? 0.0f : x;
-    if (o.bounds) leader[o.dim + d] = x > 0.0f ? 0.0f : x;
-  }
-  const auto score = [&](const float* bank, int64_t room, int64_t number, int64_t tokens, std::vector<uint64_t>& to) {
-    const int64_t left = tokens - std::max<int64_t>(0, std::min(tokens, o.sinks - number * tokens));
+struct StepMemory {
+  std::vector<uint64_t> chosen, under;
+  std::vector<float> leader, weight;
+  std::vector<const float*> value;
+};
+
+static void choose_pages(const Step& c, int64_t b, int64_t h, StepMemory& m) {
+  const int64_t* const t = c.table + h * HEAD;
+  const int64_t visible = std::max<int64_t>(0, c.at / c.block - 1) * c.block, share = t[SHARE];
+  m.leader.resize(2 * c.dim);
+  const float* const asked = c.queries + ((b * c.heads + h) * c.ring + c.at / share * share % c.ring) * c.dim;
+  const auto score = [&](int64_t bank, int64_t row, int64_t number, int64_t tokens, std::vector<uint64_t>& to) {
+    const int64_t left = tokens - std::max<int64_t>(0, std::min(tokens, c.sinks - number * tokens));
     if (left <= 0) return;
-    const float s = dot(leader, bank + (of * room + number) * wide, wide) + (o.count ? std::log((float)left) : 0.0f);
+    float s = t[COUNT] ? std::log((float)left) : 0.0f;
+    if (bank < 0) {
+      const float* const key = c.keys + ((b * c.shared + t[KEY_HEAD]) * c.room + number) * c.dim;
+      s += dot(asked, key, c.dim) * c.scale;
+    } else {
+      const int64_t wide = t[BOUNDS] ? 2 * c.dim : c.dim;
+      s += dot(m.leader.data(), c.banks[bank] + ((b * c.bank_of[bank] + row) * c.bank_room[bank] + number) * wide, wide);
+    }
     if (s != NONE) to.push_back(ranked(s, number));
   };
-  const int64_t per = o.cell / o.page;
-  chosen.clear();
-  for (int64_t c = 0; c < o.visible; c++) score(o.cells, o.cell_room, c, o.cell, chosen);
-  first(chosen, per > 1 ? o.beam : o.open);
-  if (per > 1) {
-    under.clear();
-    for (const uint64_t c : chosen)
-      for (int64_t p = 0; p < per; p++) score(o.pages, o.page_room, (int64_t)c * per + p, o.page, under);
-    first(under, o.open);
-    chosen.swap(under);
+  for (int64_t d = 0; d < c.dim; d++) {
+    const float x = asked[d] * c.scale;
+    m.leader[d] = t[BOUNDS] && x < 0.0f ? 0.0f : x;
+    m.leader[c.dim + d] = x > 0.0f ? 0.0f : x;
   }
-  float *const weight = memory.data() + wide, *const out = o.out + row * o.dim;
-  const float *const key = o.keys + of * o.room * o.dim, *const value = o.values + of * o.room * o.dim;
-  const float* const query = o.query + row * o.dim;
-  float most = NONE;
-  int64_t n = 0;
-  for (const uint64_t p : chosen)
-    for (int64_t t = std::max<int64_t>(o.sinks, (int64_t)p * o.page); t < ((int64_t)p + 1) * o.page; t++) {
-      const float s = dot(query, key + t * o.dim, o.dim) * (o.scale * LOG2E);
-      most = s > most || s != s ? s : most;
-      weight[n++] = s;
-    }
-  std::memset(out, 0, o.dim * 4);
-  if (n == 0 || most == NONE) {
-    o.lse[row] = NONE;
-    return;
-  }
-  float total = 0.0f;
-  for (int64_t i = 0; i < n; i++) weight[i] -= most;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) put(weight + i, exp2_of(load(weight + i)));
-  for (; i < n; i++) weight[i] = exp2_of(all(weight[i]))[0];
-  for (i = 0; i < n; i++) total += weight[i];
-  i = 0;
-  for (const uint64_t p : chosen)
-    for (int64_t t = std::max<int64_t>(o.sinks, (int64_t)p * o.page); t < ((int64_t)p + 1) * o.page; t++, i++) {
-      const float w = weight[i];
-      const float* const v = value + t * o.dim;
-      for (int64_t d = 0; d < o.dim; d++) out[d] += w * v[d];
-    }
-  for (int64_t d = 0; d < o.dim; d++) out[d] /= total;
-  o.lse[row] = (std::log2(total) + most) / LOG2E;
+  const int64_t per = t[CELL] / t[PAGE];
+  for (int64_t i = 0; i < visible / t[CELL]; i++) score(t[CELL_BANK], t[CELL_ROW], i, t[CELL], m.chosen);
+  first(m.chosen, per > 1 ? t[BEAM] : t[OPEN]);
+  if (per == 1) return;
+  m.under.clear();
+  for (const uint64_t cell : m.chosen)
+    for (int64_t i = 0; i < per; i++) score(t[PAGE_BANK], t[PAGE_ROW], (int64_t)cell * per + i, t[PAGE], m.under);
+  first(m.under, t[OPEN]);
+  m.chosen.swap(m.under);
 }
 
-extern "C" int farfield_open(const Opening* opening) {
+static void step_row(const Step& c, int64_t b, int64_t h, StepMemory& m) {
+  const int64_t* const t = c.table + h * HEAD;
+  const int64_t number = c.at / c.block, start = std::max<int64_t>(0, number - 1) * c.block, of = b * c.shared + t[KEY_HEAD];
+  const float *const query = c.query + (b * c.heads + h) * c.dim, *const key = c.keys + of * c.room * c.dim;
+  const float* const value = c.values + of * c.room * c.dim;
+  const float factor = c.scale * LOG2E;
+  m.weight.clear(), m.value.clear(), m.chosen.clear();
+  const auto see = [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) {
+      m.weight.push_back(dot(query, key + i * c.dim, c.dim) * factor);
+      m.value.push_back(value + i * c.dim);
+    }
+  };
+  see(0, std::min(c.sinks, start));
+  if (t[OPEN]) choose_pages(c, b, h, m);
+  for (const uint64_t page : m.chosen) see(std::max<int64_t>(c.sinks, (int64_t)page * t[PAGE]), ((int64_t)page + 1) * t[PAGE]);
+  see(start, c.at + 1);
+  const int64_t far = start - c.sinks;
+  const bool background = c.sums && far > 0 && c.biases[h] != NONE;
+  if (background) {
+    const float* const sum = c.sums + (of * c.places + (number - 1) % c.places) * 2 * c.dim;
+    m.weight.push_back(dot(query, sum, c.dim) / (float)far * factor + (std::log((float)far) + c.biases[h]) * LOG2E);
+    m.value.push_back(sum + c.dim);
+  }
+  const int64_t n = m.weight.size();
+  float most = NONE, total = 0.0f;
+  for (const float s : m.weight) most = s > most || s != s ? s : most;
+  m.weight.resize(up_to(n, LANES), NONE);
+  for (int64_t i = 0; i < n; i += LANES) put(&m.weight[i], exp2_of(load(&m.weight[i]) - most));
+  for (int64_t i = 0; i < n; i++) total += m.weight[i];
+  if (background) m.weight[n - 1] /= (float)far;  // the sum becomes a mean
+  float* const out = c.out + (b * c.heads + h) * c.dim;
+  std::memset(out, 0, c.dim * 4);
+  for (int64_t i = 0; i < n; i++) {
+    const float w = m.weight[i];
+    for (int64_t d = 0; d < c.dim; d++) out[d] += w * m.value[i][d];
+  }
+  for (int64_t d = 0; d < c.dim; d++) out[d] /= total;
+  c.lse[b * c.heads + h] = (std::log2(total) + most) / LOG2E;
+}
+
+extern "C" int farfield_step(const Step* step) {
   return guarded([=] {
-    const Opening& o = *opening;
+    const Step& c = *step;
     bool failed = false;
-#pragma omp parallel num_threads((int)o.threads) if (o.rows * (o.visible + o.open * o.page) * o.dim > SHORT)
+#pragma omp parallel num_threads((int)c.threads) if (c.batch * c.heads * 4 * c.block * c.dim > SHORT)
     {
-      std::vector<uint64_t> chosen, under;
-      std::vector<float> memory;
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < o.rows; row++) {
+      StepMemory memory;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t row = 0; row < c.batch * c.heads; row++) {
         try {
-          open_row(o, row, chosen, under, memory);
+          step_row(c, row / c.heads, row % c.heads, memory);
         } catch (...) {
 #pragma omp atomic write
           failed = true;
@@ -1140,5 +1163,5 @@ extern "C" int farfield_open(const Opening* opening) {
 
 // So that a caller can see that it speaks of the same structures.
 extern "C" int64_t farfield_size(int64_t of) {
-  return of == 0 ? sizeof(Store) : of == 1 ? sizeof(Call) : of == 2 ? sizeof(Reduction) : sizeof(Opening);
+  return of == 0 ? sizeof(Store) : of == 1 ? sizeof(Call) : of == 2 ? sizeof(Reduction) : sizeof(Step);
 }

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from farfield.geometry import default_levels
 from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows
-from farfield.ops.compiled import choice as compiled
-from farfield.ops.compiled.opening import open_rows
 from farfield.ops.multipole.summarise import summarise
 from farfield.ops.multipole.summary import Summary
 from farfield.ops.opened.api import attend_choice
@@ -213,38 +211,14 @@ class OpenedStream:
             assert isinstance(near, AttentionState)
             states.append(near)
         if self.part != "near":
-            if self._compiled(cache):
-                states += self._opened(cache, query, at, scale)
-            else:
-                shape = self._shape(at // self.block + 1, query.device)
-                if shape is not None:
-                    with exactly(query.device):
-                        states.append(self._far(cache, *shape, query, at, scale, level_bias))
+            shape = self._shape(at // self.block + 1, query.device)
+            if shape is not None:
+                with exactly(query.device):
+                    states.append(self._far(cache, *shape, query, at, scale, level_bias))
         if not states:
             nothing = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
             return AttentionState(torch.zeros_like(query), nothing)
         return merge_states(*states)
-
-    def _compiled(self, cache: Cache) -> bool:
-        """Whether one compiled call opens pages and attends: float32 on the CPU, one level, the rest dropped."""
-        keys = cache["keys"]
-        plain = keys.device.type == "cpu" and keys.dtype == torch.float32 and self.levels == 1 and not self.keep
-        return plain and compiled.why_not() is None
-
-    def _opened(self, cache: Cache, query: Tensor, at: int, scale: float) -> list[AttentionState]:
-        """As :meth:`_far`, compiled; nothing where nothing is far."""
-        visible = (at // self.block - 1) * self.rank
-        if visible <= 0:
-            return []
-        cell = self.block // self.rank
-        leader = cache["leaders"][:, :, at // self.share % self.leaders]
-        pages = cache["score 0"] if cell > self.page else None
-        out, lse = open_rows(
-            query[:, :, 0], leader, cache["keys"], cache["values"], cache["score 1"], pages, visible=visible, cell=cell,
-            page=self.page, beam=self.beam, open=self.open, sinks=self.sinks, bounds=self.choose == "bounds",
-            count_bias=self.count_bias, scale=scale,
-        )  # fmt: skip
-        return [AttentionState(out[:, :, None], lse[:, :, None])]
 
     def _far(
         self,
