@@ -18,7 +18,7 @@ from farfield.interop.transformers.structure import (
     output_projection,
 )
 
-__all__ = ["RIDGES", "TARGETS", "Moments", "Refit", "refit"]
+__all__ = ["RIDGES", "TARGETS", "Moments", "Refit", "check_refit", "refit"]
 
 RIDGES = (1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths to choose from, relative to the mean square of the heads' outputs."""
@@ -137,15 +137,8 @@ def refit(
             it to the state; for windows that are too short.
         ArithmeticError: when numbers are not finite.
     """
-    _check(model, original, windows, target)
+    check_refit(model, original, windows, target)
     ours, theirs = blocks(model), blocks(original)
-    for block in (*ours, *theirs):
-        output_projection(block)
-    if target == "state" and not (adds_to_state(model) and adds_to_state(original)):
-        raise ValueError(
-            f"target='state': in {type(model).__name__} the attention's output does not reach the state as it is (a "
-            "norm or a factor between, or an MLP beside it); target='output' would be accepted"
-        )
     states, calls = entered(model, list(windows))
     expected, original_calls = entered(original, list(windows))
     found: list[Refit] = []
@@ -169,7 +162,12 @@ def refit(
     return found
 
 
-def _check(model: Any, original: Any, windows: Sequence[Tensor], target: str) -> None:
+def check_refit(model: Any, original: Any, windows: Sequence[Tensor], target: str) -> None:
+    """Checks what :func:`refit` is asked for.
+
+    Raises:
+        ValueError: as that does.
+    """
     check_pair(original, model)
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: one of {', '.join(map(repr, TARGETS))} would be accepted")
@@ -178,6 +176,13 @@ def _check(model: Any, original: Any, windows: Sequence[Tensor], target: str) ->
         raise ValueError(
             f"windows of {short or 'no'} tokens: at least one window is needed, and {4 * RUN} tokens in each, of which "
             f"every fourth run of {RUN} is held out"
+        )
+    for block in (*blocks(model), *blocks(original)):
+        output_projection(block)
+    if target == "state" and not (adds_to_state(model) and adds_to_state(original)):
+        raise ValueError(
+            f"target='state': in {type(model).__name__} the attention's output does not reach the state as it is (a "
+            "norm or a factor between, or an MLP beside it); target='output' would be accepted"
         )
 
 
