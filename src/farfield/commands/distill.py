@@ -52,12 +52,12 @@ def distill_command(
     ] = "state",
     steps: Annotated[
         int | None,
-        typer.Option(min=0, help=f"Steps of training; 0 for none. [default: {_DEFAULT_STEPS}, or as --minutes allow]"),
+        typer.Option(min=0, help=f"Steps of training, 0 for none; {_DEFAULT_STEPS} where --minutes is not given."),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Of training, at most.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of every text to train on, one a step.")] = 32,
     lora: Annotated[int, typer.Option(min=0, help="Rank of changes to attention projections; 0 for none.")] = 8,
-    lr: Annotated[float, typer.Option(help="Highest rate of Adam.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Highest rate of Adam.")] = 2e-3,
     layer_weight: Annotated[
         float, typer.Option(help="Weight of the layers' relative squared error beside the divergence.")
     ] = 1.0,

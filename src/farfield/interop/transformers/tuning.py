@@ -40,7 +40,7 @@ class TuneConfig:
     steps: int | None = None
     seconds: float | None = None
     lora: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup: float = 0.1
     layer_weight: float = 1.0
     clip: float = 1.0
