@@ -14,27 +14,13 @@ from typer.testing import CliRunner, Result
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402 (needs what was checked above)
-
-from farfield.cli import build_app  # noqa: E402
+from farfield.cli import build_app  # noqa: E402 (needs what was checked above)
 from farfield.interop.transformers.evaluate import passkey, passkey_prompt  # noqa: E402
 from farfield.interop.transformers.texts import spread, windows  # noqa: E402
 from support.tiny_models import make  # noqa: E402
+from support.tiny_tokenizer import tokenizer  # noqa: E402
 
 LINES = "near field, far field, level, group, cell; what is near is seen, what is far is summed\n" * 60
-
-
-def tokenizer(begin: bool = False) -> Any:
-    """Every byte is a token, as if digits were split; with a first token if asked."""
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    built = Tokenizer(models.BPE({word: i for i, word in enumerate(["<s>", *bytes_])}, []))
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = decoders.ByteLevel()
-    if begin:
-        from tokenizers.processors import TemplateProcessing
-
-        built.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>")
 
 
 @pytest.fixture(scope="module")

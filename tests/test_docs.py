@@ -21,6 +21,7 @@ def test_code_runs(page: Path) -> None:
     """All blocks of a page in order, in one namespace, as a reader would paste them."""
     if page.name == "transformers.md":
         pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
+        pytest.importorskip("peft", reason="peft is not installed (extra 'distill')")
     namespace: dict[str, object] = {}
     for code in BLOCK.findall(page.read_text()):
         exec(compile(code, str(page), "exec"), namespace)

@@ -18,6 +18,7 @@ def build_app() -> typer.Typer:
     from farfield.commands.bench import bench_command
     from farfield.commands.compare import compare_command
     from farfield.commands.convert import convert_command
+    from farfield.commands.distill import distill_command
     from farfield.commands.doctor import doctor_command
     from farfield.commands.errors import plainly
     from farfield.commands.evaluate import eval_command
@@ -55,6 +56,7 @@ def build_app() -> typer.Typer:
         ("train", train_command),
         ("generate", generate_command),
         ("convert", convert_command),
+        ("distill", distill_command),
         ("eval", eval_command),
         ("show", show_command),
         ("recipes", recipes_command),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["first_token", "read_text", "spread", "windows"]
+__all__ = ["apart", "first_token", "read_text", "room", "spread", "windows"]
 
 _CHARACTERS = 6
 """Characters per token to begin with; where they are too few, more are read."""
@@ -79,6 +79,28 @@ def spread(tokenizer: Any, text: str, length: int, number: int, seed: int, name:
         except ValueError:
             taken += windows(tokenizer, text[i * part :], length, 1, name)
     return taken
+
+
+def room(tokenizer: Any, text: str, length: int) -> int:
+    """How many windows of ``length`` tokens :func:`spread` can take from different places of a text; at least 1.
+
+    Estimated from the first 100,000 characters, with a quarter to spare.
+    """
+    sample = text[:100_000]
+    tokens = len(tokenizer(sample, add_special_tokens=False, verbose=False).input_ids) * len(text) / max(len(sample), 1)
+    return max(1, int(tokens / (1.25 * length)))
+
+
+def apart(text: str, length: int, number: int) -> tuple[str, str]:
+    """A text in two: its beginning, and its end to judge by.
+
+    The end is a tenth, or what ``number`` windows of ``length`` tokens need, but at most a half.
+    """
+    needed = 2 * _CHARACTERS * length * number
+    cut = len(text) - min(max(len(text) // 10, needed), len(text) // 2)
+    # From the next line on: no word is cut.
+    cut = text.find("\n", cut) + 1 or cut
+    return text[:cut], text[cut:]
 
 
 def _ids(tokenizer: Any, text: str, needed: int) -> list[int]:
