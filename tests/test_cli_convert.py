@@ -71,7 +71,7 @@ def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke
     plot = tmp_path / "plot.png"
     said = invoke(
         "eval", out, "--against", folder, "--text", text, "--lengths", "300x2,500", "--windows", 1, "--passkey",
-        "--trials", 1, "--json", "--plot", plot, "--device", "cpu",
+        "--trials", 1, "--decode", 3, "--json", "--plot", plot, "--device", "cpu",
     )  # fmt: skip
     assert said.exit_code == 0, said.output
     found = json.loads(said.stdout)
@@ -85,6 +85,11 @@ def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke
         assert row["original"]["state_bytes"] == 2 * 2 * 2 * row["length"] * 8 * 4
     assert found["texts"][1]["converted"]["keys"] == pytest.approx(report["keys"], abs=1e-5)
     assert [key["depth"] for key in found["passkey"][0]["converted"]] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    for row, length in zip(found["decoding"], (300, 500), strict=True):
+        assert [row[name]["length"] for name in ("original", "converted")] == [length, length]
+        assert all(len(row[name]["seconds"]) == 3 for name in row)
+        assert row["original"]["state"] == 2 * 2 * 2 * (length + 5) * 8 * 4
+        assert row["converted"]["state"] != row["original"]["state"]
     assert plot.stat().st_size > 1000
 
 
@@ -92,9 +97,10 @@ def test_a_table_for_one_model(folder: Path, text: Path, invoke: Callable[..., R
     said = invoke("eval", folder, "--text", text, "--lengths", "40", "--passkey", "--trials", 1, "--device", "cpu")
     assert said.exit_code == 2
     assert "key, question and answer need" in said.output
-    said = invoke("eval", folder, "--text", text, "--lengths", "40", "--windows", 2, "--device", "cpu")
+    said = invoke("eval", folder, "--text", text, "--lengths", "40", "--windows", 2, "--decode", 1, "--device", "cpu")
     assert said.exit_code == 0, said.output
     assert "100.0%" in said.output
+    assert "milliseconds per token" in said.output
     assert "original" not in said.output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from farfield.commands.options import device_option
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from farfield.interop.transformers.decoding import Decoding
     from farfield.interop.transformers.evaluate import Cost, Passkey, Result
     from farfield.interop.transformers.pretrained import Pretrained
 
@@ -47,6 +49,9 @@ def eval_command(
     ] = False,
     trials: Annotated[int, typer.Option(min=1, help="Keys for each length and depth.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the keys.")] = 0,
+    decode: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Also go on for N tokens, one by one, from each length.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw perplexity by length: PNG, SVG or PDF file.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
@@ -59,6 +64,8 @@ def eval_command(
     from rich.console import Console
 
     from farfield.interop.transformers import texts
+    from farfield.interop.transformers.decoding import WARM
+    from farfield.interop.transformers.decoding import decode as go_on
     from farfield.interop.transformers.evaluate import Result, cost_of, measure
     from farfield.interop.transformers.evaluate import passkey as hide
     from farfield.interop.transformers.pretrained import read
@@ -90,10 +97,17 @@ def eval_command(
         filler = next(iter(contents.values()))
         for length, _ in wanted:
             keys.append([hide(p.model, p.tokenizer, filler, length, _DEPTHS, trials, seed) for p in models])
+    steps = []
+    if decode:
+        path, content = next(iter(contents.items()))
+        for length, _ in wanted:
+            (ids,) = texts.windows(models[-1].tokenizer, content, length + WARM + decode, 1, str(path))
+            steps.append(go_on([p.model for p in models], ids, decode))
     if as_json:
-        typer.echo(json.dumps(_report(names, rows, keys), indent=1))
+        typer.echo(json.dumps(_report(names, rows, keys, steps), indent=1))
     else:
         _print(console, names, rows, keys)
+        _print_steps(console, names, steps)
     if plot is not None:
         _draw(names, rows, plot)
         errors.print(f"drawn to {plot}", soft_wrap=True)
@@ -114,7 +128,9 @@ def _line(row: _Row) -> str:
     return f"{row.text}, {row.length:,}: " + ", ".join(f"{r.perplexity:.3f}" for r in row.results)
 
 
-def _report(names: list[str], rows: list[_Row], keys: list[list[list[Passkey]]]) -> dict[str, Any]:
+def _report(
+    names: list[str], rows: list[_Row], keys: list[list[list[Passkey]]], steps: list[list[Decoding]]
+) -> dict[str, Any]:
     def entry(result: Result, cost: Cost | None) -> dict[str, Any]:
         return {
             "perplexity": result.perplexity,
@@ -138,6 +154,9 @@ def _report(names: list[str], rows: list[_Row], keys: list[list[list[Passkey]]])
         "passkey": [
             {name: [key._asdict() for key in found] for name, found in zip(names, at_length, strict=True)}
             for at_length in keys
+        ],
+        "decoding": [
+            {name: asdict(found) for name, found in zip(names, at_length, strict=True)} for at_length in steps
         ],
     }
 
@@ -175,6 +194,21 @@ def _print(console: Console, names: list[str], rows: list[_Row], keys: list[list
                 f"{found[0].length:,}", f"{found[0].depth:.0%}", *(f"{k.digits:.0%} ({k.keys:.0%})" for k in found)
             )
     console.print(hidden)
+
+
+def _print_steps(console: Console, names: list[str], steps: list[list[Decoding]]) -> None:
+    from rich.table import Table
+
+    if not steps:
+        return
+    table = Table(title="decoding token by token, models in turn: milliseconds per token (least, most), bytes of state")
+    for column in ("after tokens", *names, "state" if len(names) == 1 else "states"):
+        table.add_column(column, justify="right")
+    for at_length in steps:
+        times = [f"{1e3 * d.median:.1f} ({1e3 * min(d.seconds):.1f}, {1e3 * max(d.seconds):.1f})" for d in at_length]
+        states = ", ".join(f"{d.state / 1e6:.1f} MB" for d in at_length)
+        table.add_row(f"{at_length[0].length:,}", *times, states)
+    console.print(table)
 
 
 def _draw(names: list[str], rows: list[_Row], path: Path) -> None:
