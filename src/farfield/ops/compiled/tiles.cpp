@@ -256,16 +256,19 @@ static inline Vector sums(Vector* x) {
   return x[0];
 }
 
-// to[q * step + i] = x[q] . row[i] for LANES rows; x is [queries, wide].
-static inline void dots(const float* x, int64_t queries, const float* const* row, int64_t wide, float* to, int64_t step) {
-  for (int64_t q = 0; q < queries; q++) {
+// to[q * step + i] = x[q] . row[i] for LANES rows of ``dim`` numbers; x is [queries, dim].
+static inline void dots(const float* x, int64_t queries, const float* const* row, int64_t dim, float* to, int64_t step) {
+  for (int64_t q = 0; q < queries; q++, x += dim, to += step) {
     Vector sum[LANES] = {};
-    for (int64_t d = 0; d < wide; d += LANES) {
-      const Vector y = load(x + q * wide + d);
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+      const Vector y = load(x + d);
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++) sum[i] += y * load(row[i] + d);
     }
-    put(to + q * step, sums(sum));
+    put(to, sums(sum));
+    for (; d < dim; d++)
+      for (int i = 0; i < LANES; i++) to[i] += x[d] * row[i][d];
   }
 }
 
@@ -788,15 +791,24 @@ struct Worker {
       write(c.grad_query, place(i) * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
   }
 
-  // Products of a few rows with keys or values [from, from + n): to[q][k], for whole vectors of keys.
-  void products(const float* x, const float** row, int64_t n, float* to) {
+  // Products of a few rows with keys or values [from, from + n): to[q][k], for whole vectors of keys. ``other`` is what
+  // will be read after them. Rows lie anywhere and the processor does not guess where: they are asked for ahead, unless
+  // one query leaves so little to do meanwhile that asking takes longer.
+  void products(const float* x, const float** row, const float* const* other, int64_t n, float* to) {
     for (int64_t k = n; k < up_to(n, LANES); k++) row[k] = row[n - 1];
-    for (int64_t k = 0; k < n; k += LANES) dots(x, size(), row + k, wide, to + k, KEYS);
+    for (int64_t k = 0; k < n; k += LANES) {
+      for (int64_t i = k; size() > 1 && i < std::min(k + LANES, n); i++)
+        for (int64_t d = 0; d < wide; d += 16) {
+          __builtin_prefetch(row[std::min(i + 16, n - 1)] + d);
+          __builtin_prefetch(other[i] + d);
+        }
+      dots(x, size(), row + k, wide, to + k, KEYS);
+    }
   }
 
   // score() for a few queries: scores[q][k], -inf behind the last key.
   void score_few(int64_t from, int64_t n) {
-    products(query, key_row, n, scores);
+    products(query, key_row, value_row, n, scores);
     for (int64_t i = 0; i < size(); i++) {
       float* row = scores + i * KEYS;
       for (int64_t k = 0; k < n; k += LANES)
@@ -856,7 +868,7 @@ struct Worker {
       const int64_t n = std::min(KEYS, list.count - from);
       fetch(from, n);
       score_few(from, n);
-      products(grad, value_row, n, grad_scores);
+      products(grad, value_row, key_row, n, grad_scores);
       for (int64_t i = 0; i < size(); i++) {
         float *s = scores + i * KEYS, *t = grad_scores + i * KEYS;
         const float x = c.lse[place(i)];
@@ -1167,31 +1179,88 @@ extern "C" int farfield_delta(const void* a, const void* b, const float* less, f
   });
 }
 
+// Choices ------------------------------------------------------------------------------------------------------------
+
+// Places of the ``count`` largest of n scores, rising, into ``to``; how many there are, fewer than ``count`` where no
+// more lie above -inf. Of equal scores the first are taken. ``order`` has room for n, rounded up to a vector. The least
+// score that is taken is found by halving the range: a few passes over whole vectors, where sorting would guess at
+// every comparison.
+static int64_t largest(const float* scores, int64_t n, int64_t count, int32_t* order, int64_t* to) {
+  typedef Ints LooseInts __attribute__((aligned(4), may_alias));
+  const int32_t none = std::numeric_limits<int32_t>::min();
+  int32_t low = std::numeric_limits<int32_t>::max(), high = none;
+  int64_t some = 0;
+  for (int64_t i = 0; i < n; i++) {
+    // Integers in the order of the floats; -0 is 0.
+    const int32_t bits = (int32_t)to_bits(scores[i] + 0.0f), rank = bits ^ (bits >> 31 & 0x7fffffff);
+    const bool is = scores[i] != NONE;
+    order[i] = is ? std::max(rank, none + 1) : none;
+    low = std::min(low, is ? order[i] : low), high = std::max(high, order[i]);
+    some += is;
+  }
+  int64_t found = 0, spare = 0;  // of those that are equal to the least taken, as many as still fit
+  if (some <= count) {
+    low = none;
+  } else if (count > 0) {
+    for (int64_t i = n; i < up_to(n, LANES); i++) order[i] = none;
+    // At least ``count`` are not below ``low``, and fewer than that are above ``high``.
+    int64_t above = some;
+    while (low < high) {
+      const int32_t middle = (int32_t)(low + ((int64_t)high - low + 1) / 2);
+      Ints sum{};
+      for (int64_t i = 0; i < n; i += LANES) sum -= *(const LooseInts*)(order + i) >= middle;
+      int64_t not_below = 0;
+      for (int e = 0; e < LANES; e++) not_below += sum[e];
+      if (not_below >= count) low = middle, above = not_below;
+      else high = middle - 1;
+      if (above == count) break;
+    }
+    spare = count;
+    if (above > count)
+      for (int64_t i = 0; i < n; i++) spare -= order[i] > low;
+  } else {
+    return 0;
+  }
+  const int64_t most = std::min(some, count);
+  for (int64_t i = 0; found < most; i++) {
+    const bool equal = order[i] == low && spare > 0;
+    to[found] = i;
+    found += (order[i] > low) | equal;
+    spare -= equal;
+  }
+  return found;
+}
+
 // index[row]: the places of the ``count`` largest of [rows, width] scores, rising; -1 where fewer lie above -inf. Of equal
 // scores the first are taken.
 extern "C" int farfield_top(const float* scores, int64_t rows, int64_t width, int64_t count, int64_t* index,
                             int64_t threads) {
   return guarded([=] {
-    std::vector<uint64_t> memory(threads * std::max<int64_t>(width, 1));
+    const int64_t room = up_to(width, LANES);
+    std::vector<int32_t> memory(threads * room);
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (rows * width > SHORT)
     for (int64_t row = 0; row < rows; row++) {
-      uint64_t* const all = memory.data() + thread() * width;
-      const float* from = scores + row * width;
       int64_t* to = index + row * count;
-      int64_t n = 0;
-      for (int64_t i = 0; i < width; i++) {
-        // One number for score and place: what is larger comes first, and of equal scores the first.
-        const uint32_t u = to_bits(from[i] + 0.0f), order = u >> 31 ? ~u : u | 0x80000000u;
-        all[n] = (uint64_t)order << 32 | (uint32_t)(0xffffffffu - (uint32_t)i);
-        n += from[i] != NONE;
-      }
-      const int64_t found = std::min(n, count);
-      if (n > count) std::nth_element(all, all + count, all + n, [](uint64_t a, uint64_t b) { return a > b; });
-      for (int64_t i = 0; i < found; i++) to[i] = 0xffffffffu - (uint32_t)all[i];
-      std::sort(to, to + found);
+      const int64_t found = largest(scores + row * width, width, count, memory.data() + thread() * room, to);
       for (int64_t i = found; i < count; i++) to[i] = -1;
     }
   });
+}
+
+// scores[i] = query . keys[number[i]] + bias[number[i]]; -inf where the number is negative.
+static void score_cells(const float* query, const float* keys, const float* bias, const int64_t* number, int64_t n,
+                        int64_t dim, float* scores) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, n - i);
+    const float* row[LANES];
+    float found[LANES];
+    for (int64_t e = 0; e < LANES; e++) row[e] = keys + std::max<int64_t>(0, number[i + std::min(e, count - 1)]) * dim;
+    dots(query, 1, row, dim, found, 0);
+    for (int64_t e = 0; e < count; e++) {
+      const float shift = number[i + e] < 0 ? NONE : bias[number[i + e]];
+      scores[i + e] = shift == NONE ? NONE : found[e] + shift;
+    }
+  }
 }
 
 // scores[g][u][i] = query[g][u] . keys[g'][number] + bias[number]; -inf where number < 0. numbers: 1 or G; shared: groups of
@@ -1203,28 +1272,116 @@ extern "C" int farfield_score(const float* query, const float* keys, const float
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (groups * units * places * dim > SHORT)
     for (int64_t row = 0; row < groups * units; row++) {
       const int64_t g = row / units / (groups / shared);
-      const float *q = query + row * dim, *of_group = keys + g * cells * dim;
-      const float* shift = bias + (biases == 1 ? 0 : g * cells);
-      const int64_t* list = number + (numbers == 1 ? row % units : row) * places;
-      for (int64_t i = 0; i < places; i++) {
-        const int64_t cell = list[i];
-        float* to = scores + row * places + i;
-        if (cell < 0 || shift[cell] == NONE) {
-          *to = NONE;
-          continue;
-        }
-        const float* k = of_group + cell * dim;
-        Vector a{}, b{};
-        int64_t d = 0;
-        for (; d + 2 * LANES <= dim; d += 2 * LANES) {
-          a += load(q + d) * load(k + d);
-          b += load(q + d + LANES) * load(k + d + LANES);
-        }
-        a += b;
-        float sum = shift[cell];
-        for (int j = 0; j < LANES; j++) sum += a[j];
-        for (; d < dim; d++) sum += q[d] * k[d];
-        *to = sum;
+      score_cells(query + row * dim, keys + g * cells * dim, bias + (biases == 1 ? 0 : g * cells),
+                  number + (numbers == 1 ? row % units : row) * places, places, dim, scores + row * places);
+    }
+  });
+}
+
+extern "C" {
+
+struct Rung {                           // a level of a descent
+  const float *keys, *bias;             // [shared, cells, D], [biases, cells]
+  const int64_t* own;                   // [blocks, places] cells that a block sees here, -1: none; or null
+  const int64_t* children;              // [cells, below] of the next level, -1: none; or null: the last
+  int64_t cells, biases, places, below, take;  // take: of its cells are opened
+};
+
+struct Descent {
+  int64_t groups, shared, units, dim, rungs, widest, width, threads;  // widest: cells that a unit can see on a level
+  const Rung* rung;
+  const float* query;                   // [G, U, D]
+  const uint8_t* seen;                  // [blocks, cells of the first rung]
+  const int64_t* block;                 // [U]
+  int64_t* opened;                      // [G, U, width], -1: none
+};
+
+}  // extern "C"
+
+constexpr int64_t RUN_UNITS = 16;  // units that see the same and score the first rung together
+
+// What one thread needs to descend.
+struct Climber {
+  const Descent& d;
+  const int64_t room;
+  std::vector<float> scores;
+  std::vector<int32_t> order;
+  std::vector<int64_t> number, chosen;
+
+  explicit Climber(const Descent& descent)
+      : d(descent), room(up_to(d.widest, LANES)), scores(RUN_UNITS * room), order(room), number(room), chosen(room) {}
+
+  // Scores of all cells of the first rung for units [u, u + n) of one block.
+  void first(int64_t g, int64_t u, int64_t n) {
+    const Rung& rung = d.rung[0];
+    const int64_t of_keys = g / (d.groups / d.shared);
+    const float* keys = rung.keys + of_keys * rung.cells * d.dim;
+    const float* bias = rung.bias + (rung.biases == 1 ? 0 : of_keys * rung.cells);
+    const uint8_t* seen = d.seen + d.block[u] * rung.cells;
+    for (int64_t i = 0; i < rung.cells; i += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, rung.cells - i);
+      const float* row[LANES];
+      float shift[LANES];
+      bool any = false;
+      for (int64_t e = 0; e < LANES; e++) {
+        const int64_t cell = i + std::min(e, count - 1);
+        row[e] = keys + cell * d.dim;
+        shift[e] = seen[cell] ? bias[cell] : NONE;
+        any |= shift[e] != NONE;
+      }
+      if (any) dots(d.query + (g * d.units + u) * d.dim, n, row, d.dim, scores.data() + i, room);
+      for (int64_t j = 0; j < n; j++) {
+        float* to = scores.data() + j * room + i;
+        for (int e = 0; e < LANES; e++) to[e] = shift[e] == NONE ? NONE : to[e] + shift[e];
+      }
+    }
+  }
+
+  // The rungs below the first for one unit, whose scores on the first stand in ``at``.
+  void descend(int64_t g, int64_t u, float* at) {
+    const int64_t of_keys = g / (d.groups / d.shared);
+    int64_t *const to = d.opened + (g * d.units + u) * d.width, n = d.rung[0].cells;
+    for (int64_t r = 0; r < d.rungs; r++) {
+      const Rung& rung = d.rung[r];
+      if (r)
+        score_cells(d.query + (g * d.units + u) * d.dim, rung.keys + of_keys * rung.cells * d.dim,
+                    rung.bias + (rung.biases == 1 ? 0 : of_keys * rung.cells), number.data(), n, d.dim, at);
+      const int64_t found = largest(at, n, rung.take, order.data(), chosen.data());
+      for (int64_t i = 0; r && i < found; i++) chosen[i] = number[chosen[i]];
+      if (!rung.children) {
+        std::copy_n(chosen.data(), n = found, number.data());
+        break;
+      }
+      n = 0;
+      if (r + 1 < d.rungs && d.rung[r + 1].own) {
+        const Rung& next = d.rung[r + 1];
+        std::copy_n(next.own + d.block[u] * next.places, n = next.places, number.data());
+      }
+      for (int64_t i = 0; i < found; i++, n += rung.below)
+        std::copy_n(rung.children + chosen[i] * rung.below, rung.below, number.data() + n);
+    }
+    for (int64_t i = 0; i < d.width; i++) to[i] = i < n ? number[i] : -1;
+  }
+};
+
+// From the first rung down, the ``take`` largest of the cells that a unit sees are opened; what is opened on the last is
+// the result. Scores and numbers never leave the nearest cache.
+extern "C" int farfield_descend(const Descent* descent) {
+  return guarded([=] {
+    const Descent& d = *descent;
+    const int64_t runs = (d.units + RUN_UNITS - 1) / RUN_UNITS;
+    std::vector<Climber> climbers;
+    for (int64_t i = 0; i < d.threads; i++) climbers.emplace_back(d);
+#pragma omp parallel for schedule(static) num_threads((int)d.threads) if (d.groups * d.units * d.widest * d.dim > SHORT)
+    for (int64_t task = 0; task < d.groups * runs; task++) {
+      Climber& climber = climbers[thread()];
+      const int64_t g = task / runs, end = std::min((task % runs + 1) * RUN_UNITS, d.units);
+      for (int64_t u = task % runs * RUN_UNITS; u < end;) {
+        int64_t n = 1;
+        while (u + n < end && d.block[u + n] == d.block[u]) n++;
+        climber.first(g, u, n);
+        for (int64_t j = 0; j < n; j++) climber.descend(g, u + j, climber.scores.data() + j * climber.room);
+        u += n;
       }
     }
   });
@@ -1232,5 +1389,6 @@ extern "C" int farfield_score(const float* query, const float* keys, const float
 
 // So that a caller can see that it speaks of the same structures.
 extern "C" int64_t farfield_size(int64_t of) {
-  return of == 0 ? sizeof(Store) : of == 1 ? sizeof(Call) : sizeof(Reduction);
+  const int64_t sizes[] = {sizeof(Store), sizeof(Call), sizeof(Reduction), sizeof(Rung), sizeof(Descent)};
+  return sizes[of];
 }

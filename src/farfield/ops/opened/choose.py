@@ -147,6 +147,21 @@ def _below(table: Tensor, chosen: Tensor) -> Tensor:
     return torch.where((chosen != EMPTY)[..., None], number, EMPTY).flatten(2)
 
 
+def _levels(tree: Tree, bank: Bank, open: int, beam: int) -> list[compiled.Level]:
+    """What the compiled descent goes through, from the top down."""
+    top, last = len(tree.children), 1 if tree.pages_per_cell == 1 else 0
+    return [
+        compiled.Level(
+            bank.keys[level],
+            bank.bias[level],
+            tree.lists[level - 1] if 0 < level < top else None,
+            tree.children[level - 1] if level else None,
+            open if level == last else beam,
+        )
+        for level in range(top, last - 1, -1)
+    ]
+
+
 def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, beam: int, keep: bool) -> Choice:
     """Opens up to ``beam`` cells of every level, from the top down, and in the end ``open`` pages of tokens.
 
@@ -163,6 +178,8 @@ def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, bea
     """
     query = bank.queries(query)
     level = len(tree.children)
+    if not keep and _compiled(query):
+        return Choice(compiled.descend(query, _levels(tree, bank, open, beam), tree.top, block), ())
     seen = tree.top[block]  # [U, cells]
     by_key = query.reshape(len(bank.keys[level]), -1, query.shape[-1])
     scores = by_key @ bank.keys[level].mT
