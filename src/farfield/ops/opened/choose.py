@@ -135,7 +135,7 @@ def _score(query: Tensor, bank: Bank, level: int, number: Tensor) -> Tensor:
     bias = bias.repeat_interleave(repeat, 0) if len(bias) > 1 else bias
     number = number.clamp(min=0).expand(groups, -1, -1)
     flat = number + torch.arange(groups, device=query.device)[:, None, None] * keys.shape[1]
-    rows = keys.reshape(-1, keys.shape[-1]).index_select(0, flat.reshape(-1)).view(*number.shape, -1)
+    rows = keys.reshape(-1, keys.shape[-1]).index_select(0, flat.reshape(-1)).view(*number.shape, keys.shape[-1])
     scores = (rows @ query[..., None]).squeeze(-1)
     scores = scores + bias.expand(groups, -1).gather(1, number.flatten(1)).view(number.shape)
     return scores.masked_fill(~used, -torch.inf)
