@@ -1181,6 +1181,14 @@ extern "C" int farfield_delta(const void* a, const void* b, const float* less, f
 
 // Choices ------------------------------------------------------------------------------------------------------------
 
+// Integers in the order of the floats, and back.
+static inline int32_t ordered(float x) {
+  const int32_t bits = (int32_t)to_bits(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+static inline float of_ordered(int32_t x) { return from_bits((uint32_t)(x ^ (x >> 31 & 0x7fffffff))); }
+
 // Places of the ``count`` largest of n scores, rising, into ``to``; how many there are, fewer than ``count`` where no
 // more lie above -inf. Of equal scores the first are taken. ``order`` has room for n, rounded up to a vector. The least
 // score that is taken is found by halving the range: a few passes over whole vectors, where sorting would guess at
@@ -1188,25 +1196,38 @@ extern "C" int farfield_delta(const void* a, const void* b, const float* less, f
 static int64_t largest(const float* scores, int64_t n, int64_t count, int32_t* order, int64_t* to) {
   typedef Ints LooseInts __attribute__((aligned(4), may_alias));
   const int32_t none = std::numeric_limits<int32_t>::min();
-  int32_t low = std::numeric_limits<int32_t>::max(), high = none;
-  int64_t some = 0;
-  for (int64_t i = 0; i < n; i++) {
-    // Integers in the order of the floats; -0 is 0.
-    const int32_t bits = (int32_t)to_bits(scores[i] + 0.0f), rank = bits ^ (bits >> 31 & 0x7fffffff);
-    const bool is = scores[i] != NONE;
-    order[i] = is ? std::max(rank, none + 1) : none;
-    low = std::min(low, is ? order[i] : low), high = std::max(high, order[i]);
-    some += is;
+  const Ints nowhere = Ints{} + none, lowest = nowhere + 1;
+  Ints least = ~nowhere, most_of = nowhere, seen{};
+  for (int64_t i = 0; i < n; i += LANES) {
+    float tail[LANES];
+    if (i + LANES > n)
+      for (int e = 0; e < LANES; e++) tail[e] = i + e < n ? scores[i + e] : NONE;
+    const Vector s = load(i + LANES > n ? tail : scores + i) + Vector{};  // -0 is 0
+    const Ints is = (Ints)(s != all(NONE)), bits = (Ints)s;
+    Ints rank = bits ^ (bits >> 31 & 0x7fffffff);
+    rank = rank < lowest ? lowest : rank;
+    rank = (rank & is) | (nowhere & ~is);
+    *(LooseInts*)(order + i) = rank;
+    const Ints other = (rank & is) | (least & ~is);
+    least = other < least ? other : least;
+    most_of = rank > most_of ? rank : most_of;
+    seen -= is;
   }
+  int32_t low = ~none, high = none;
+  int64_t some = 0;
+  for (int e = 0; e < LANES; e++) low = std::min(low, least[e]), high = std::max(high, most_of[e]), some += seen[e];
   int64_t found = 0, spare = 0;  // of those that are equal to the least taken, as many as still fit
   if (some <= count) {
     low = none;
   } else if (count > 0) {
-    for (int64_t i = n; i < up_to(n, LANES); i++) order[i] = none;
     // At least ``count`` are not below ``low``, and fewer than that are above ``high``.
     int64_t above = some;
-    while (low < high) {
-      const int32_t middle = (int32_t)(low + ((int64_t)high - low + 1) / 2);
+    for (int step = 0; low < high; step++) {
+      int32_t middle = (int32_t)(low + ((int64_t)high - low + 1) / 2);
+      if (step < 16) {  // the middle of the scores is the better guess; that of the integers always comes to an end
+        const int32_t guess = ordered(0.5f * of_ordered(low) + 0.5f * of_ordered(high));
+        if (guess > low && guess < high) middle = guess;
+      }
       Ints sum{};
       for (int64_t i = 0; i < n; i += LANES) sum -= *(const LooseInts*)(order + i) >= middle;
       int64_t not_below = 0;
