@@ -215,11 +215,13 @@ class _ByHead(StreamModule):
         """The far fields of groups, one after the other of ``heads``, merged into the near field of these heads."""
         if not far:
             return near
+        joined = far[0]
+        if len(far) > 1:
+            joined = AttentionState(torch.cat([x.out for x in far], 1), torch.cat([x.lse for x in far], 1))
+        if heads == list(range(near.out.shape[1])):  # every head in its place: nothing to pick and put back
+            return merge_states(near, joined)
         index = _index(tuple(heads), near.out.device)
-        joint = merge_states(
-            AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)),
-            AttentionState(torch.cat([state.out for state in far], 1), torch.cat([state.lse for state in far], 1)),
-        )
+        joint = merge_states(AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)), joined)
         return AttentionState(
             near.out.index_copy(1, index, joint.out.to(near.out.dtype)), near.lse.index_copy(1, index, joint.lse)
         )

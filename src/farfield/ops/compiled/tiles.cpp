@@ -18,6 +18,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -48,8 +49,10 @@ typedef int32_t FourInts __attribute__((vector_size(16)));
 
 #ifdef __clang__
 #define shuffle(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define shuffle_all(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define shuffle(a, b, i, j, k, l) __builtin_shuffle(a, b, FourInts{i, j, k, l})
+#define shuffle_all(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
 
 static inline Vector load(const float* p) { return *(const Loose*)p; }
@@ -216,6 +219,110 @@ static void column_tiles(int height, const float* a, int64_t step, const float* 
   }
 }
 
+// Few queries --------------------------------------------------------------------------------------------------------
+//
+// Where a span has at most FEW queries, panels of queries would be mostly empty. Scores are then kept as [queries, keys]:
+//
+//   scores     S[q][k]   = sum_d Q[q][d] K[k][d]         dots()      LANES keys at once, along d
+//   output     O[q][d]  += sum_k P[q][k] V[k][d]         mix()       all of d in registers where it fits
+//   gradients  dV[k][d] += sum_q P[q][k] dO[q][d]        spread()
+
+constexpr int64_t FEW = PANEL / 2;  // from here on a panel of queries costs no more
+
+// Where lane i of the sum of neighbours of two vectors side by side comes from. Neighbours are lanes within four (which
+// move cheaply) where BLOCK is 1, and fours where it is 4.
+template <int BLOCK>
+constexpr int neighbour(int i, int odd) {
+  if (BLOCK == 4) return i / 4 * 8 + odd * 4 + i % 4;
+  return i / 4 * 4 + i % 2 * 2 + odd + (i % 4 >= 2 ? LANES : 0);
+}
+
+template <int BLOCK, size_t... I>
+static inline Vector add_neighbours(Vector a, Vector b, std::index_sequence<I...>) {
+  return shuffle_all(a, b, neighbour<BLOCK>(I, 0)...) + shuffle_all(a, b, neighbour<BLOCK>(I, 1)...);
+}
+
+// Lane i: the sum of the lanes of x[i].
+static inline Vector sums(Vector* x) {
+  const std::make_index_sequence<LANES> lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES / 2; i++) x[i] = add_neighbours<1>(x[2 * i], x[2 * i + 1], lanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES / 4; i++) x[i] = add_neighbours<1>(x[2 * i], x[2 * i + 1], lanes);
+#pragma GCC unroll 16
+  for (int n = LANES / 8; n > 0; n /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) x[i] = add_neighbours<4>(x[2 * i], x[2 * i + 1], lanes);
+  return x[0];
+}
+
+// to[q * step + i] = x[q] . row[i] for LANES rows of ``dim`` numbers; x is [queries, dim].
+static inline void dots(const float* x, int64_t queries, const float* const* row, int64_t dim, float* to, int64_t step) {
+  for (int64_t q = 0; q < queries; q++, x += dim, to += step) {
+    Vector sum[LANES] = {};
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+      const Vector y = load(x + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) sum[i] += y * load(row[i] + d);
+    }
+    put(to, sums(sum));
+    for (; d < dim; d++)
+      for (int i = 0; i < LANES; i++) to[i] += x[d] * row[i][d];
+  }
+}
+
+// into[q][j..j + W vectors) += sum over n keys of weights[q][k] row[k][j..) for H queries.
+template <int H, int W>
+static inline void mix_tile(const float* weights, int64_t step, const float* const* row, int64_t n, float* into,
+                            int64_t wide, int64_t j) {
+  Vector sum[H][W];
+#pragma GCC unroll 16
+  for (int i = 0; i < H * W; i++) sum[i / W][i % W] = load(into + i / W * wide + j + i % W * LANES);
+  for (int64_t k = 0; k < n; k++) {
+    Vector y[W];
+#pragma GCC unroll 16
+    for (int v = 0; v < W; v++) y[v] = load(row[k] + j + v * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < H; i++) {
+      const Vector x = all(weights[i * step + k]);
+#pragma GCC unroll 16
+      for (int v = 0; v < W; v++) sum[i][v] += x * y[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < H * W; i++) put(into + i / W * wide + j + i % W * LANES, sum[i / W][i % W]);
+}
+
+template <int H, int W>
+static inline void mix_rows(const float* weights, int64_t step, const float* const* row, int64_t n, float* into,
+                            int64_t wide) {
+  int64_t j = 0;
+  for (; j + W * LANES <= wide; j += W * LANES) mix_tile<H, W>(weights, step, row, n, into, wide, j);
+  for (; j < wide; j += PANEL) mix_tile<H, 2>(weights, step, row, n, into, wide, j);
+}
+
+static void mix(const float* weights, int64_t queries, int64_t step, const float* const* row, int64_t n, float* into,
+                int64_t wide) {
+  for (int64_t q = 0; q < queries; q += 4, weights += 4 * step, into += 4 * wide) {
+    if (queries - q == 1) mix_rows<1, 8>(weights, step, row, n, into, wide);
+    else if (queries - q == 2) mix_rows<2, 4>(weights, step, row, n, into, wide);
+    else if (queries - q == 3) mix_rows<3, 4>(weights, step, row, n, into, wide);
+    else mix_rows<4, 2>(weights, step, row, n, into, wide);
+  }
+}
+
+// row[k][..] += sum over queries of weights[q][k] x[q][..] for n keys, one after the other: a list may hold a row twice.
+static void spread(const float* weights, int64_t queries, int64_t step, const float* x, float* const* row, int64_t n,
+                   int64_t wide) {
+  for (int64_t k = 0; k < n; k++)
+    for (int64_t d = 0; d < wide; d += LANES) {
+      Vector sum = load(row[k] + d);
+      for (int64_t q = 0; q < queries; q++) sum += all(weights[q * step + k]) * load(x + q * wide + d);
+      put(row[k] + d, sum);
+    }
+}
+
 // Calls --------------------------------------------------------------------------------------------------------------
 
 extern "C" {
@@ -324,8 +431,8 @@ struct List {
   int64_t count = 0, lead = 0;
 
   explicit List(int64_t most)
-      : keys(most), values(most), grad_keys(most), grad_values(most), bias(most), column(most), first(most),
-        dtype(most) {}
+      : keys(most + LANES), values(most + LANES), grad_keys(most), grad_values(most), bias(most + LANES), column(most),
+        first(most), dtype(most) {}
 
   // ``extra``: other memory for the gradients, in which those of store s begin at offsets[2 s] and offsets[2 s + 1].
   void read(const Call& c, const RowBias& rows, int64_t g, int64_t u, const float* extra, const int64_t* offsets) {
@@ -333,39 +440,45 @@ struct List {
     const float* shown = c.key_bias ? c.key_bias + (of_bias * c.units + u) * c.list : nullptr;
     const int64_t kind = c.row_class ? c.row_class[u] : 0;
     count = lead = 0;
-    int64_t col = 0;
+    // Lists are long beside the work of a few queries. Where no key has a bias of its own there is nothing to look up for
+    // single keys, and their biases and first queries stay 0, as they were made.
+    const bool plain = !shown && !c.row_bias;
+    const void **const key_at = keys.data(), **const value_at = values.data();
+    int64_t *const column_at = column.data(), col = 0, n = 0;
+    int* const dtype_at = dtype.data();
     for (int64_t s = 0; s < c.number; s++) {
-      const Store& store = c.stores[s];
-      const int64_t wide = c.dim * size_of((int)store.dtype);
+      const Store store = c.stores[s];
+      const int64_t wide = c.dim * size_of((int)store.dtype), base = g / (c.groups / store.shared) * store.rows;
       const int64_t* table = store.table + ((store.tables == 1 ? 0 : g * c.units) + u) * store.places;
+      // The gradients of a further part of the units go to their own memory, laid out like the stores.
+      float* const to_keys = extra ? (float*)extra + offsets[2 * s] : store.grad_keys;
+      float* const to_values = extra ? (float*)extra + offsets[2 * s + 1] : store.grad_values;
       for (int64_t p = 0; p < store.places; p++) {
         if (table[p] < 0) {
           col += store.width;
           continue;
         }
-        const int64_t row = g / (c.groups / store.shared) * store.rows + table[p];
-        for (int64_t j = 0; j < store.width; j++, col++) {
-          const float b = shown ? shown[col] : 0.0f;
-          if (b == NONE) continue;
-          const int64_t f = c.row_bias && col < c.biased ? rows.first[kind * c.biased + col] : 0;
-          if (f >= c.queries) continue;
-          const int64_t at = row * store.width + j;
-          keys[count] = (const char*)store.keys + at * wide;
-          values[count] = (const char*)store.values + at * wide;
-          if (store.grad_keys) {
-            // The gradients of a further part of the units go to their own memory, laid out like the stores.
-            grad_keys[count] = (extra ? (float*)extra + offsets[2 * s] : store.grad_keys) + at * c.dim;
-            grad_values[count] = (extra ? (float*)extra + offsets[2 * s + 1] : store.grad_values) + at * c.dim;
+        const int64_t first_at = (base + table[p]) * store.width;
+        for (int64_t at = first_at; at < first_at + store.width; at++, col++) {
+          if (!plain) {
+            const float b = shown ? shown[col] : 0.0f;
+            if (b == NONE) continue;
+            const int64_t f = c.row_bias && col < c.biased ? rows.first[kind * c.biased + col] : 0;
+            if (f >= c.queries) continue;
+            bias[n] = b * LOG2E;
+            first[n] = f;
+            if (lead == n && c.row_bias && col < c.biased && (n == 0 || f >= first[n - 1])) lead++;
           }
-          bias[count] = b * LOG2E;
-          column[count] = col;
-          first[count] = f;
-          dtype[count] = (int)store.dtype;
-          if (lead == count && c.row_bias && col < c.biased && (count == 0 || f >= first[count - 1])) lead++;
-          count++;
+          key_at[n] = (const char*)store.keys + at * wide;
+          value_at[n] = (const char*)store.values + at * wide;
+          if (store.grad_keys) grad_keys[n] = to_keys + at * c.dim, grad_values[n] = to_values + at * c.dim;
+          column_at[n] = col;
+          dtype_at[n] = (int)store.dtype;
+          n++;
         }
       }
     }
+    count = n;
   }
 };
 
@@ -394,13 +507,15 @@ struct Worker {
   const Call& c;
   const RowBias& rows;
   const int64_t wide, high, step;       // D and the number of queries, rounded up to a panel; stride of [.., queries]
-  const bool backward;
+  const bool backward, in_place;        // rows are read, and their gradients added to, where they lie
   List list;
   Scratch scratch;
   float *query_t, *scores, *keys, *values, *top, *total, *out;
   float *query, *grad, *grad_t, *grad_scores, *grad_query, *grad_keys, *grad_values, *delta;
-  std::vector<const float*> key_row, value_row;
-  std::vector<float*> score_row, grad_score_row, grad_key_row, grad_value_row;
+  std::vector<const float*> key_copy, value_copy;
+  std::vector<float*> score_row, grad_score_row, grad_key_copy, grad_value_copy;
+  const float **key_row, **value_row;   // of the keys at hand: in the list, or copies
+  float **grad_key_row, **grad_value_row;
   std::vector<int64_t> start;
   int64_t g = 0, u = 0;
   Span span{0, 0};
@@ -409,9 +524,9 @@ struct Worker {
       : c(call), rows(row_bias), wide(up_to(call.dim, PANEL)),
         high(up_to(std::min(QUERIES, call.queries * call.repeat), PANEL)),
         step(high + PANEL),  // not a power of two, or the rows of a panel would share the sets of the cache
-        backward(back), list(call.list),
-        key_row(KEYS), value_row(KEYS), score_row(KEYS), grad_score_row(KEYS), grad_key_row(KEYS),
-        grad_value_row(KEYS), start(KEYS) {
+        backward(back), in_place(call.dim == wide && floats(call)), list(call.list),
+        key_copy(KEYS), value_copy(KEYS), score_row(KEYS), grad_score_row(KEYS), grad_key_copy(KEYS),
+        grad_value_copy(KEYS), start(KEYS) {
     const int64_t small = wide * step, tall = KEYS * step, copies = KEYS * wide;
     scratch.start(6 * small + 2 * tall + 4 * copies + 4 * high);
     query_t = scratch.take(small), out = scratch.take(small), scores = scratch.take(tall);
@@ -420,6 +535,10 @@ struct Worker {
     query = scratch.take(small), grad = scratch.take(small), grad_t = scratch.take(small);
     grad_query = scratch.take(small), grad_scores = scratch.take(tall);
     grad_keys = scratch.take(copies), grad_values = scratch.take(copies);
+  }
+
+  static bool floats(const Call& c) {
+    return std::all_of(c.stores, c.stores + c.number, [](const Store& store) { return store.dtype == FLOAT; });
   }
 
   int64_t size() const { return span.to - span.from; }
@@ -457,6 +576,13 @@ struct Worker {
 
   // Points key_row and value_row at keys [from, from + n) of the list, copied where they cannot be read in place.
   void fetch(int64_t from, int64_t n) {
+    if (in_place) {
+      key_row = (const float**)list.keys.data() + from, value_row = (const float**)list.values.data() + from;
+      grad_key_row = list.grad_keys.data() + from, grad_value_row = list.grad_values.data() + from;
+      return;
+    }
+    key_row = key_copy.data(), value_row = value_copy.data();
+    grad_key_row = grad_key_copy.data(), grad_value_row = grad_value_copy.data();
     for (int64_t i = 0; i < n; i++) {
       const int64_t k = from + i;
       if (list.dtype[k] == FLOAT && c.dim == wide) {
@@ -504,7 +630,7 @@ struct Worker {
         score_row[k] = scores + k * step;
       }
       for (int64_t k = i; k < i + tall; k++) start[k] = first;
-      row_tiles<false>((int)tall, key_row.data() + i, score_row.data() + i, 0, c.dim, query_t, step, first, high,
+      row_tiles<false>((int)tall, key_row + i, score_row.data() + i, 0, c.dim, query_t, step, first, high,
                        list.bias.data() + from + i);
     }
     if (!c.head_bias && !c.row_bias) return;
@@ -560,6 +686,7 @@ struct Worker {
   }
 
   void forward_span() {
+    if (size() <= FEW) return forward_few();
     matrix(c.query, out, 1.0f);
     transpose(out, query_t, c.scale * LOG2E);
     std::memset(out, 0, high * wide * 4);
@@ -599,8 +726,13 @@ struct Worker {
               for (int64_t d = 0; d < wide; d++) out[(i + v * LANES + e) * wide + d] *= shrink[v][e];
         }
       }
-      gather(scores, value_row.data(), out, from, n);
+      gather(scores, value_row, out, from, n);
     }
+    finish();
+  }
+
+  // Writes the output and the logarithm of the sum.
+  void finish() {
     for (int64_t i = 0; i < size(); i++) {
       const bool none = total[i] == 0.0f;
       c.lse[place(i)] = none ? NONE : (std::log2(total[i]) + top[i]) / LOG2E;
@@ -609,6 +741,7 @@ struct Worker {
   }
 
   void backward_span(float* grad_head) {
+    if (size() <= FEW) return backward_few(grad_head);
     matrix(c.query, query, c.scale);
     transpose(query, query_t, LOG2E);
     matrix(c.grad_out, grad, 1.0f);
@@ -625,7 +758,7 @@ struct Worker {
       score(from, n);
       for (int64_t i = 0; i < n; i += TALL) {
         for (int64_t k = i; k < std::min<int64_t>(i + TALL, n); k++) grad_score_row[k] = grad_scores + k * step;
-        row_tiles<false>((int)std::min<int64_t>(TALL, n - i), value_row.data() + i, grad_score_row.data() + i, 0, c.dim,
+        row_tiles<false>((int)std::min<int64_t>(TALL, n - i), value_row + i, grad_score_row.data() + i, 0, c.dim,
                          grad_t, step, start[i], high, nullptr);
       }
       for (int64_t k = 0; k < n; k++) {
@@ -640,9 +773,9 @@ struct Worker {
           put(t + i, w * (load(t + i) - load(delta + i)));
         }
       }
-      gather(grad_scores, key_row.data(), grad_query, from, n);
-      scatter(score_row.data(), grad, grad_value_row.data(), n);
-      scatter(grad_score_row.data(), query, grad_key_row.data(), n);
+      gather(grad_scores, key_row, grad_query, from, n);
+      scatter(score_row.data(), grad, grad_value_row, n);
+      scatter(grad_score_row.data(), query, grad_key_row, n);
       give_back(from, n);
       if (grad_head)
         for (int64_t k = 0; k < n; k++)
@@ -653,6 +786,105 @@ struct Worker {
             for (; i < end; i++) sum += grad_scores[k * step + i];
             grad_head[head * c.list + list.column[from + k]] += sum;
           }
+    }
+    for (int64_t i = 0; i < size(); i++)
+      write(c.grad_query, place(i) * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
+  }
+
+  // Products of a few rows with keys or values [from, from + n): to[q][k], for whole vectors of keys. ``other`` is what
+  // will be read after them. Rows lie anywhere and the processor does not guess where: they are asked for ahead, unless
+  // one query leaves so little to do meanwhile that asking takes longer.
+  void products(const float* x, const float** row, const float* const* other, int64_t n, float* to) {
+    for (int64_t k = n; k < up_to(n, LANES); k++) row[k] = row[n - 1];
+    for (int64_t k = 0; k < n; k += LANES) {
+      for (int64_t i = k; size() > 1 && i < std::min(k + LANES, n); i++)
+        for (int64_t d = 0; d < wide; d += 16) {
+          __builtin_prefetch(row[std::min(i + 16, n - 1)] + d);
+          __builtin_prefetch(other[i] + d);
+        }
+      dots(x, size(), row + k, wide, to + k, KEYS);
+    }
+  }
+
+  // score() for a few queries: scores[q][k], -inf behind the last key.
+  void score_few(int64_t from, int64_t n) {
+    products(query, key_row, value_row, n, scores);
+    for (int64_t i = 0; i < size(); i++) {
+      float* row = scores + i * KEYS;
+      for (int64_t k = 0; k < n; k += LANES)
+        put(row + k, load(row + k) * all(LOG2E) + load(list.bias.data() + from + k));
+      for (int64_t k = n; k < up_to(n, LANES); k++) row[k] = NONE;
+      const int64_t at = span.from + i, head = at / c.queries, m = at % c.queries;
+      if (c.head_bias) {
+        const float* b = c.head_bias + (g % (c.groups / c.batch) * c.repeat + head) * c.list;
+        for (int64_t k = 0; k < n; k++) row[k] += b[list.column[from + k]] * LOG2E;
+      }
+      if (c.row_bias) {
+        const int64_t kind = (c.row_class ? c.row_class[u] : 0) * c.biased;
+        for (int64_t k = 0; k < n; k++) {
+          const int64_t col = list.column[from + k];
+          if (col < c.biased) row[k] += rows.bias[(kind + col) * c.queries + m];
+        }
+      }
+    }
+  }
+
+  void forward_few() {
+    matrix(c.query, query, c.scale);
+    std::memset(out, 0, size() * wide * 4);
+    for (int64_t i = 0; i < size(); i++) top[i] = NONE, total[i] = 0.0f;
+    for (int64_t from = 0; from < list.count; from += KEYS) {
+      const int64_t n = std::min(KEYS, list.count - from);
+      fetch(from, n);
+      score_few(from, n);
+      for (int64_t i = 0; i < size(); i++) {
+        float *row = scores + i * KEYS, most = top[i], whole = 0.0f;
+        Vector peak = all(NONE), sum{};
+        for (int64_t k = 0; k < n; k += LANES) {
+          const Vector s = load(row + k);
+          peak = s > peak ? s : peak;
+        }
+        for (int e = 0; e < LANES; e++) most = peak[e] > most ? peak[e] : most;
+        const float shift = most == NONE ? 0.0f : most, shrink = exp2_of(all(top[i] - shift))[0];
+        for (int64_t k = 0; k < n; k += LANES) {
+          const Vector w = exp2_of(load(row + k) - all(shift));
+          sum += w;
+          put(row + k, w);
+        }
+        for (int e = 0; e < LANES; e++) whole += sum[e];
+        top[i] = most, total[i] = total[i] * shrink + whole;
+        for (int64_t d = 0; from && d < wide; d++) out[i * wide + d] *= shrink;
+      }
+      mix(scores, size(), KEYS, value_row, n, out, wide);
+    }
+    finish();
+  }
+
+  void backward_few(float* grad_head) {
+    matrix(c.query, query, c.scale);
+    matrix(c.grad_out, grad, 1.0f);
+    std::memset(grad_query, 0, size() * wide * 4);
+    for (int64_t from = 0; from < list.count; from += KEYS) {
+      const int64_t n = std::min(KEYS, list.count - from);
+      fetch(from, n);
+      score_few(from, n);
+      products(grad, value_row, key_row, n, grad_scores);
+      for (int64_t i = 0; i < size(); i++) {
+        float *s = scores + i * KEYS, *t = grad_scores + i * KEYS;
+        const float x = c.lse[place(i)];
+        const Vector most = all(x == NONE ? -NONE : x * LOG2E), less = all(c.delta[place(i)]);
+        for (int64_t k = 0; k < n; k += LANES) {
+          const Vector y = load(s + k) - most, w = exp2_of(y > Vector{} ? Vector{} : y);
+          put(s + k, w);
+          put(t + k, w * (load(t + k) - less));
+        }
+        for (int64_t k = 0; grad_head && k < n; k++)
+          grad_head[(span.from + i) / c.queries * c.list + list.column[from + k]] += t[k];
+      }
+      mix(grad_scores, size(), KEYS, key_row, n, grad_query, wide);
+      spread(scores, size(), KEYS, grad, grad_value_row, n, wide);
+      spread(grad_scores, size(), KEYS, query, grad_key_row, n, wide);
+      give_back(from, n);
     }
     for (int64_t i = 0; i < size(); i++)
       write(c.grad_query, place(i) * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
@@ -947,31 +1179,109 @@ extern "C" int farfield_delta(const void* a, const void* b, const float* less, f
   });
 }
 
+// Choices ------------------------------------------------------------------------------------------------------------
+
+// Integers in the order of the floats, and back.
+static inline int32_t ordered(float x) {
+  const int32_t bits = (int32_t)to_bits(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+static inline float of_ordered(int32_t x) { return from_bits((uint32_t)(x ^ (x >> 31 & 0x7fffffff))); }
+
+// Places of the ``count`` largest of n scores, rising, into ``to``; how many there are, fewer than ``count`` where no
+// more lie above -inf. Of equal scores the first are taken. ``order`` has room for n, rounded up to a vector. The least
+// score that is taken is found by halving the range: a few passes over whole vectors, where sorting would guess at
+// every comparison.
+static int64_t largest(const float* scores, int64_t n, int64_t count, int32_t* order, int64_t* to) {
+  typedef Ints LooseInts __attribute__((aligned(4), may_alias));
+  const int32_t none = std::numeric_limits<int32_t>::min();
+  const Ints nowhere = Ints{} + none, lowest = nowhere + 1;
+  Ints least = ~nowhere, most_of = nowhere, seen{};
+  for (int64_t i = 0; i < n; i += LANES) {
+    float tail[LANES];
+    if (i + LANES > n)
+      for (int e = 0; e < LANES; e++) tail[e] = i + e < n ? scores[i + e] : NONE;
+    const Vector s = load(i + LANES > n ? tail : scores + i) + Vector{};  // -0 is 0
+    const Ints is = (Ints)(s != all(NONE)), bits = (Ints)s;
+    Ints rank = bits ^ (bits >> 31 & 0x7fffffff);
+    rank = rank < lowest ? lowest : rank;
+    rank = (rank & is) | (nowhere & ~is);
+    *(LooseInts*)(order + i) = rank;
+    const Ints other = (rank & is) | (least & ~is);
+    least = other < least ? other : least;
+    most_of = rank > most_of ? rank : most_of;
+    seen -= is;
+  }
+  int32_t low = ~none, high = none;
+  int64_t some = 0;
+  for (int e = 0; e < LANES; e++) low = std::min(low, least[e]), high = std::max(high, most_of[e]), some += seen[e];
+  int64_t found = 0, spare = 0;  // of those that are equal to the least taken, as many as still fit
+  if (some <= count) {
+    low = none;
+  } else if (count > 0) {
+    // At least ``count`` are not below ``low``, and fewer than that are above ``high``.
+    int64_t above = some;
+    for (int step = 0; low < high; step++) {
+      int32_t middle = (int32_t)(low + ((int64_t)high - low + 1) / 2);
+      if (step < 16) {  // the middle of the scores is the better guess; that of the integers always comes to an end
+        const int32_t guess = ordered(0.5f * of_ordered(low) + 0.5f * of_ordered(high));
+        if (guess > low && guess < high) middle = guess;
+      }
+      Ints sum{};
+      for (int64_t i = 0; i < n; i += LANES) sum -= *(const LooseInts*)(order + i) >= middle;
+      int64_t not_below = 0;
+      for (int e = 0; e < LANES; e++) not_below += sum[e];
+      if (not_below >= count) low = middle, above = not_below;
+      else high = middle - 1;
+      if (above == count) break;
+    }
+    spare = count;
+    if (above > count)
+      for (int64_t i = 0; i < n; i++) spare -= order[i] > low;
+  } else {
+    return 0;
+  }
+  const int64_t most = std::min(some, count);
+  for (int64_t i = 0; found < most; i++) {
+    const bool equal = order[i] == low && spare > 0;
+    to[found] = i;
+    found += (order[i] > low) | equal;
+    spare -= equal;
+  }
+  return found;
+}
+
 // index[row]: the places of the ``count`` largest of [rows, width] scores, rising; -1 where fewer lie above -inf. Of equal
 // scores the first are taken.
 extern "C" int farfield_top(const float* scores, int64_t rows, int64_t width, int64_t count, int64_t* index,
                             int64_t threads) {
   return guarded([=] {
-    std::vector<uint64_t> memory(threads * std::max<int64_t>(width, 1));
+    const int64_t room = up_to(width, LANES);
+    std::vector<int32_t> memory(threads * room);
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (rows * width > SHORT)
     for (int64_t row = 0; row < rows; row++) {
-      uint64_t* const all = memory.data() + thread() * width;
-      const float* from = scores + row * width;
       int64_t* to = index + row * count;
-      int64_t n = 0;
-      for (int64_t i = 0; i < width; i++) {
-        // One number for score and place: what is larger comes first, and of equal scores the first.
-        const uint32_t u = to_bits(from[i] + 0.0f), order = u >> 31 ? ~u : u | 0x80000000u;
-        all[n] = (uint64_t)order << 32 | (uint32_t)(0xffffffffu - (uint32_t)i);
-        n += from[i] != NONE;
-      }
-      const int64_t found = std::min(n, count);
-      if (n > count) std::nth_element(all, all + count, all + n, [](uint64_t a, uint64_t b) { return a > b; });
-      for (int64_t i = 0; i < found; i++) to[i] = 0xffffffffu - (uint32_t)all[i];
-      std::sort(to, to + found);
+      const int64_t found = largest(scores + row * width, width, count, memory.data() + thread() * room, to);
       for (int64_t i = found; i < count; i++) to[i] = -1;
     }
   });
+}
+
+// scores[i] = query . keys[number[i]] + bias[number[i]]; -inf where the number is negative.
+static void score_cells(const float* query, const float* keys, const float* bias, const int64_t* number, int64_t n,
+                        int64_t dim, float* scores) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, n - i);
+    const float* row[LANES];
+    float found[LANES];
+    for (int64_t e = 0; e < LANES; e++) row[e] = keys + std::max<int64_t>(0, number[i + std::min(e, count - 1)]) * dim;
+    dots(query, 1, row, dim, found, 0);
+    for (int64_t e = 0; e < count; e++) {
+      const float shift = number[i + e] < 0 ? NONE : bias[number[i + e]];
+      scores[i + e] = shift == NONE ? NONE : found[e] + shift;
+    }
+  }
 }
 
 // scores[g][u][i] = query[g][u] . keys[g'][number] + bias[number]; -inf where number < 0. numbers: 1 or G; shared: groups of
@@ -983,28 +1293,116 @@ extern "C" int farfield_score(const float* query, const float* keys, const float
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (groups * units * places * dim > SHORT)
     for (int64_t row = 0; row < groups * units; row++) {
       const int64_t g = row / units / (groups / shared);
-      const float *q = query + row * dim, *of_group = keys + g * cells * dim;
-      const float* shift = bias + (biases == 1 ? 0 : g * cells);
-      const int64_t* list = number + (numbers == 1 ? row % units : row) * places;
-      for (int64_t i = 0; i < places; i++) {
-        const int64_t cell = list[i];
-        float* to = scores + row * places + i;
-        if (cell < 0 || shift[cell] == NONE) {
-          *to = NONE;
-          continue;
-        }
-        const float* k = of_group + cell * dim;
-        Vector a{}, b{};
-        int64_t d = 0;
-        for (; d + 2 * LANES <= dim; d += 2 * LANES) {
-          a += load(q + d) * load(k + d);
-          b += load(q + d + LANES) * load(k + d + LANES);
-        }
-        a += b;
-        float sum = shift[cell];
-        for (int j = 0; j < LANES; j++) sum += a[j];
-        for (; d < dim; d++) sum += q[d] * k[d];
-        *to = sum;
+      score_cells(query + row * dim, keys + g * cells * dim, bias + (biases == 1 ? 0 : g * cells),
+                  number + (numbers == 1 ? row % units : row) * places, places, dim, scores + row * places);
+    }
+  });
+}
+
+extern "C" {
+
+struct Rung {                           // a level of a descent
+  const float *keys, *bias;             // [shared, cells, D], [biases, cells]
+  const int64_t* own;                   // [blocks, places] cells that a block sees here, -1: none; or null
+  const int64_t* children;              // [cells, below] of the next level, -1: none; or null: the last
+  int64_t cells, biases, places, below, take;  // take: of its cells are opened
+};
+
+struct Descent {
+  int64_t groups, shared, units, dim, rungs, widest, width, threads;  // widest: cells that a unit can see on a level
+  const Rung* rung;
+  const float* query;                   // [G, U, D]
+  const uint8_t* seen;                  // [blocks, cells of the first rung]
+  const int64_t* block;                 // [U]
+  int64_t* opened;                      // [G, U, width], -1: none
+};
+
+}  // extern "C"
+
+constexpr int64_t RUN_UNITS = 16;  // units that see the same and score the first rung together
+
+// What one thread needs to descend.
+struct Climber {
+  const Descent& d;
+  const int64_t room;
+  std::vector<float> scores;
+  std::vector<int32_t> order;
+  std::vector<int64_t> number, chosen;
+
+  explicit Climber(const Descent& descent)
+      : d(descent), room(up_to(d.widest, LANES)), scores(RUN_UNITS * room), order(room), number(room), chosen(room) {}
+
+  // Scores of all cells of the first rung for units [u, u + n) of one block.
+  void first(int64_t g, int64_t u, int64_t n) {
+    const Rung& rung = d.rung[0];
+    const int64_t of_keys = g / (d.groups / d.shared);
+    const float* keys = rung.keys + of_keys * rung.cells * d.dim;
+    const float* bias = rung.bias + (rung.biases == 1 ? 0 : of_keys * rung.cells);
+    const uint8_t* seen = d.seen + d.block[u] * rung.cells;
+    for (int64_t i = 0; i < rung.cells; i += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, rung.cells - i);
+      const float* row[LANES];
+      float shift[LANES];
+      bool any = false;
+      for (int64_t e = 0; e < LANES; e++) {
+        const int64_t cell = i + std::min(e, count - 1);
+        row[e] = keys + cell * d.dim;
+        shift[e] = seen[cell] ? bias[cell] : NONE;
+        any |= shift[e] != NONE;
+      }
+      if (any) dots(d.query + (g * d.units + u) * d.dim, n, row, d.dim, scores.data() + i, room);
+      for (int64_t j = 0; j < n; j++) {
+        float* to = scores.data() + j * room + i;
+        for (int e = 0; e < LANES; e++) to[e] = shift[e] == NONE ? NONE : to[e] + shift[e];
+      }
+    }
+  }
+
+  // The rungs below the first for one unit, whose scores on the first stand in ``at``.
+  void descend(int64_t g, int64_t u, float* at) {
+    const int64_t of_keys = g / (d.groups / d.shared);
+    int64_t *const to = d.opened + (g * d.units + u) * d.width, n = d.rung[0].cells;
+    for (int64_t r = 0; r < d.rungs; r++) {
+      const Rung& rung = d.rung[r];
+      if (r)
+        score_cells(d.query + (g * d.units + u) * d.dim, rung.keys + of_keys * rung.cells * d.dim,
+                    rung.bias + (rung.biases == 1 ? 0 : of_keys * rung.cells), number.data(), n, d.dim, at);
+      const int64_t found = largest(at, n, rung.take, order.data(), chosen.data());
+      for (int64_t i = 0; r && i < found; i++) chosen[i] = number[chosen[i]];
+      if (!rung.children) {
+        std::copy_n(chosen.data(), n = found, number.data());
+        break;
+      }
+      n = 0;
+      if (r + 1 < d.rungs && d.rung[r + 1].own) {
+        const Rung& next = d.rung[r + 1];
+        std::copy_n(next.own + d.block[u] * next.places, n = next.places, number.data());
+      }
+      for (int64_t i = 0; i < found; i++, n += rung.below)
+        std::copy_n(rung.children + chosen[i] * rung.below, rung.below, number.data() + n);
+    }
+    for (int64_t i = 0; i < d.width; i++) to[i] = i < n ? number[i] : -1;
+  }
+};
+
+// From the first rung down, the ``take`` largest of the cells that a unit sees are opened; what is opened on the last is
+// the result. Scores and numbers never leave the nearest cache.
+extern "C" int farfield_descend(const Descent* descent) {
+  return guarded([=] {
+    const Descent& d = *descent;
+    const int64_t runs = (d.units + RUN_UNITS - 1) / RUN_UNITS;
+    std::vector<Climber> climbers;
+    for (int64_t i = 0; i < d.threads; i++) climbers.emplace_back(d);
+#pragma omp parallel for schedule(static) num_threads((int)d.threads) if (d.groups * d.units * d.widest * d.dim > SHORT)
+    for (int64_t task = 0; task < d.groups * runs; task++) {
+      Climber& climber = climbers[thread()];
+      const int64_t g = task / runs, end = std::min((task % runs + 1) * RUN_UNITS, d.units);
+      for (int64_t u = task % runs * RUN_UNITS; u < end;) {
+        int64_t n = 1;
+        while (u + n < end && d.block[u + n] == d.block[u]) n++;
+        climber.first(g, u, n);
+        for (int64_t j = 0; j < n; j++) climber.descend(g, u + j, climber.scores.data() + j * climber.room);
+        u += n;
       }
     }
   });
@@ -1163,5 +1561,6 @@ extern "C" int farfield_step(const Step* step) {
 
 // So that a caller can see that it speaks of the same structures.
 extern "C" int64_t farfield_size(int64_t of) {
-  return of == 0 ? sizeof(Store) : of == 1 ? sizeof(Call) : of == 2 ? sizeof(Reduction) : sizeof(Step);
+  const int64_t sizes[] = {sizeof(Store), sizeof(Call), sizeof(Reduction), sizeof(Rung), sizeof(Descent), sizeof(Step)};
+  return sizes[of];
 }

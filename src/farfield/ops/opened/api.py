@@ -223,7 +223,8 @@ def opened_far(
             side.insert(0, (x.to(wide) * weight).sum(3) / weight.sum(3).clamp(min=1))
     plan = make_plan(grid, None, block, rank, levels, causal, sinks, query.device)
     laid = plan.to_blocks(query).flatten(0, 1)
-    laid = torch.nn.functional.pad(laid, (0, 0, 0, tree.shape.blocks * tree.shape.block_tokens - laid.shape[1]))
+    spare = tree.shape.blocks * tree.shape.block_tokens - laid.shape[1]
+    laid = torch.nn.functional.pad(laid, (0, 0, 0, spare)) if spare else laid  # a pad of nothing would copy
     units = laid.unflatten(1, (-1, share))  # [G, U, M, D]
     with torch.no_grad():
         chooser = units.detach()[:, :, 0] if causal else _mean(units.detach(), plan.filled, share)
@@ -254,7 +255,7 @@ def opened_far(
                 impl,
             )
         )
-    out, lse = (torch.cat(side, 1) for side in zip(*parts, strict=True))
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat(side, 1) for side in zip(*parts, strict=True))
     split = (batch, heads)
     flat = out.flatten(1, 2).unflatten(0, split), lse.flatten(1, 2).unflatten(0, split)
     return AttentionState(*(plan.to_tokens(x).contiguous() for x in flat))

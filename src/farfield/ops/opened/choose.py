@@ -135,7 +135,7 @@ def _score(query: Tensor, bank: Bank, level: int, number: Tensor) -> Tensor:
     bias = bias.repeat_interleave(repeat, 0) if len(bias) > 1 else bias
     number = number.clamp(min=0).expand(groups, -1, -1)
     flat = number + torch.arange(groups, device=query.device)[:, None, None] * keys.shape[1]
-    rows = keys.reshape(-1, keys.shape[-1]).index_select(0, flat.reshape(-1)).view(*number.shape, -1)
+    rows = keys.reshape(-1, keys.shape[-1]).index_select(0, flat.reshape(-1)).view(*number.shape, keys.shape[-1])
     scores = (rows @ query[..., None]).squeeze(-1)
     scores = scores + bias.expand(groups, -1).gather(1, number.flatten(1)).view(number.shape)
     return scores.masked_fill(~used, -torch.inf)
@@ -145,6 +145,21 @@ def _below(table: Tensor, chosen: Tensor) -> Tensor:
     """Children [G, U, k c] of ``chosen`` [G, U, k] cells."""
     number = table[chosen.clamp(min=0)]
     return torch.where((chosen != EMPTY)[..., None], number, EMPTY).flatten(2)
+
+
+def _levels(tree: Tree, bank: Bank, open: int, beam: int) -> list[compiled.Level]:
+    """What the compiled descent goes through, from the top down."""
+    top, last = len(tree.children), 1 if tree.pages_per_cell == 1 else 0
+    return [
+        compiled.Level(
+            bank.keys[level],
+            bank.bias[level],
+            tree.lists[level - 1] if 0 < level < top else None,
+            tree.children[level - 1] if level else None,
+            open if level == last else beam,
+        )
+        for level in range(top, last - 1, -1)
+    ]
 
 
 def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, beam: int, keep: bool) -> Choice:
@@ -163,6 +178,8 @@ def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, bea
     """
     query = bank.queries(query)
     level = len(tree.children)
+    if not keep and _compiled(query):
+        return Choice(compiled.descend(query, _levels(tree, bank, open, beam), tree.top, block), ())
     seen = tree.top[block]  # [U, cells]
     by_key = query.reshape(len(bank.keys[level]), -1, query.shape[-1])
     scores = by_key @ bank.keys[level].mT
