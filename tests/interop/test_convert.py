@@ -38,7 +38,7 @@ from farfield.interop.transformers.keys import (  # noqa: E402
     keys_of,
     near_keys,
 )
-from farfield.interop.transformers.menu import MENU, setting  # noqa: E402
+from farfield.interop.transformers.menu import MENU, SHORT, menu_for, setting  # noqa: E402
 from farfield.near import Blocks, Dense  # noqa: E402
 from farfield.ops.background import background_state  # noqa: E402
 from farfield.ops.opened import opened_attention  # noqa: E402
@@ -359,3 +359,7 @@ def test_perplexity_scores_all_tokens_but_the_first() -> None:
 def test_the_menu_is_counted_and_offers_choices_of_ones_own() -> None:
     assert all(p is None or keys_of(p, 8192, 64) > 0 for p in MENU)
     assert any(p is not None and p.share == 1 for p in MENU)
+    assert set(menu_for(8192)) <= set(MENU)
+    short = menu_for(2048)
+    assert set(SHORT) <= set(short)
+    assert all(p is None or near_keys(2048, 64, 16) + keys_of(p, 2048, 64) < context(2048) for p in short)

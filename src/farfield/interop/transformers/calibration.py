@@ -15,7 +15,7 @@ from farfield.far import Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.calibrate import fisher, sampled, window_errors
 from farfield.interop.transformers.layers import group_of, pyramid_of
-from farfield.interop.transformers.menu import BLOCK, MENU, SINKS
+from farfield.interop.transformers.menu import BLOCK, SINKS
 
 __all__ = ["BIASES", "Calibration", "Progress", "calibrate"]
 
@@ -102,7 +102,7 @@ def calibrate(
     model: Any,
     windows: Sequence[Tensor],
     *,
-    menu: Sequence[Pyramid | None] = MENU,
+    menu: Sequence[Pyramid | None],
     biases: Sequence[float | None] = BIASES,
     block: int = BLOCK,
     sinks: int = SINKS,

@@ -19,7 +19,7 @@ from farfield.interop.transformers.calibration import BIASES, Calibration, Progr
 from farfield.interop.transformers.keys import context, far_queries, keys_of, near_keys
 from farfield.interop.transformers.layers import CONVERTED, group_of
 from farfield.interop.transformers.loading import configure
-from farfield.interop.transformers.menu import BLOCK, MENU, SINKS
+from farfield.interop.transformers.menu import BLOCK, SINKS, menu_for
 
 __all__ = ["Conversion", "Progress", "convert", "save"]
 
@@ -51,7 +51,7 @@ def convert(
     error: float | None = None,
     dense_layers: Sequence[int] = (),
     max_share: int | None = None,
-    menu: Sequence[Pyramid | None] = MENU,
+    menu: Sequence[Pyramid | None] | None = None,
     block: int = BLOCK,
     sinks: int = SINKS,
     background: bool = True,
@@ -64,8 +64,9 @@ def convert(
 
     Args:
         model: a Transformers causal language model whose layers see their whole causal context; changed in place.
-        windows, menu, block, sinks, queries, pieces, seed, progress: of the calibration, see
+        windows, block, sinks, queries, pieces, seed, progress: of the calibration, see
             :func:`farfield.interop.transformers.calibration.calibrate`.
+        menu: settings to choose from, None for :func:`farfield.interop.transformers.menu.menu_for` this length.
         calibration: one that was made before, of this model; instead of all of these.
         keys: keys read per query, as a share of the mean causal context, over all layers and heads.
         error: instead of ``keys``, the highest estimated divergence from the original, in nats per token.
@@ -86,7 +87,8 @@ def convert(
     if any(not 0 <= layer < number for layer in dense):
         raise ValueError(f"dense layers {dense}: the model has layers 0 to {number - 1}")
     if calibration is None:
-        with_sinks = [p if p is None else replace(p, sinks=sinks) for p in menu]
+        chosen = menu_for(max(map(len, windows), default=0)) if menu is None else menu
+        with_sinks = [p if p is None else replace(p, sinks=sinks) for p in chosen]
         offered = [p for p in with_sinks if p is None or p.share <= (max_share or p.share)]
         calibration = calibrate(
             model, windows, menu=offered, biases=BIASES if background else (None,), block=block, sinks=sinks,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from farfield.far import Pyramid
+from farfield.interop.transformers.keys import context, keys_of, near_keys
 
-__all__ = ["BLOCK", "MENU", "SINKS", "setting"]
+__all__ = ["BLOCK", "MENU", "SHORT", "SINKS", "menu_for", "setting"]
 
 BLOCK, SINKS = 64, 16
 
@@ -49,3 +50,23 @@ MENU: tuple[Pyramid | None, ...] = (
     setting(8, 1, 256),
 )
 """For blocks of 64 and contexts of thousands of tokens. None: near field and sinks alone."""
+
+SHORT: tuple[Pyramid, ...] = (
+    *(setting(8, 4, n) for n in (12, 16, 24, 40, 48)),
+    *(setting(16, 4, n) for n in (24, 48, 96)),
+    *(setting(4, 4, n) for n in (8, 12, 16, 24)),
+    *(setting(8, 2, n) for n in (24, 40)),
+    setting(2, 4, 8),
+    setting(2, 4, 12),
+)
+"""Whole cells, few of them: where the context is short, scoring all cells costs little, and steps between matter."""
+
+_SHORT = 4096
+"""Tokens up to which they are offered."""
+
+
+def menu_for(length: int) -> tuple[Pyramid | None, ...]:
+    """The settings that make sense at a context of ``length`` tokens: those that read less than exact attention."""
+    offered = (*MENU, *(SHORT if length <= _SHORT else ()))
+    most = context(length) - near_keys(length, BLOCK, SINKS)
+    return tuple(p for p in offered if p is None or keys_of(p, length, BLOCK) < most)
