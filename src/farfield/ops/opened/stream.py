@@ -120,7 +120,8 @@ class OpenedStream:
     def _advance(self, cache: Cache, length: int, summary: Callable[[], Summary]) -> None:
         """As :meth:`refresh`, when a block has just become complete. O(block) where bounds choose on one level."""
         start, above = length - self.block, self._above(cache["keys"].device)
-        if start < 0 or self.keep or above is None:
+        # Before the third block nothing was far, and nothing was made.
+        if length < 3 * self.block or self.keep or above is None:
             self.refresh(cache, length, summary)
             return
         batch, heads = cache["keys"].shape[:2]
