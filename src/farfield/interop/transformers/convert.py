@@ -98,7 +98,7 @@ def convert(
     choice = torch.full(errors.shape[1:], -1, dtype=torch.long)
     if free:
         choice[free] = allocate(errors[:, free], read, budget=budget, bound=error)
-    options = {"block": block, "sinks": sinks, "layers": _entries(choice, offered, dense)}
+    options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, offered, dense)}
     report = {
         "farfield": __version__,
         "asked": {"keys": keys, "error": error, "dense_layers": dense, "max_share": max_share},
