@@ -119,8 +119,9 @@ def _fields(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figure:
     rows = min(len(first.x), 3)
     figure, axes = _panels(rows, 2 + 2 * len(samples), first.x.shape, 0.4)
     for row, line in enumerate(axes):
-        mask = _last(first.mask[row])
-        x, truth = (np.where(mask, _last(a[row, 0]), np.nan) for a in (first.x, first.y))
+        mask = _last(first.mask[row][: first.y.shape[2]])
+        x, truth = _last(first.x[row, 0]), np.where(mask, _last(first.y[row, 0]), np.nan)
+        x = np.where(_last(first.mask[row]), x, np.nan)
         low, high = float(np.nanmin(truth)), float(np.nanmax(truth))
         errors = {
             name: np.where(mask, np.abs(_last(found.predicted[row, 0]) - truth), np.nan)
