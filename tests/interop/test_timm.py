@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     timm = timm_or_skip()
 
-from farfield.interop.timm import FarfieldAttention, configure, register  # noqa: E402
+from farfield.interop.timm import FarfieldAttention, configure, register
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "img_size": 32, "patch_size": 4,
         "dynamic_img_size": True}  # fmt: skip

@@ -397,7 +397,7 @@ def _open_field(name: str, raw: Any, path: Path, size: tuple[int, int] | None, a
     flat = [_relative(e.x[None, :1], np.asarray(e.y)[None], e.mask) for e in told]
     return VisionData(
         task="operator", train=train, tests={size_in_words(grid): test}, channels=2, outputs=1,
-        mean=(mean, 0.0), std=(std, 1.0), target_mean=(mean,), target_std=(std,),
+        mean=(mean, 0.0), std=(std, 1.0), target_mean=(mean,), target_std=(std,), residual=True,
         yardsticks={"mean in the holes": float(np.mean(flat))}, **about,
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ class VisionConfig:
         decoder: Channels of the pyramid decoder of "segment" and "operator".
         mean, std: Subtracted from and divided by every channel of the input; one number per channel, or none for 0, 1.
         target_mean, target_std: The same of the targets of an operator, whose outputs are scaled back.
-        residual: An operator's outputs are changes of its inputs, which have as many channels.
+        residual: An operator's outputs are changes of its first input channels, of as many as there are outputs.
         ahead: An operator answers at the leading ``ahead`` steps of the first of three axes alone; None for all.
         latent: Grid on which the backbone of an operator works, per axis or the same on all, whatever the input's: it
             is sampled there, and the features are interpolated back to every point of the input. None: the input's own.
@@ -112,10 +112,10 @@ class VisionConfig:
                 raise ValueError(f"{name} needs one number for each of {count} channels, got {len(given)}")
             if name.endswith("std") and any(not value > 0 for value in given):
                 raise ValueError(f"{name} must be positive, got {given}")
-        if self.residual and (self.task != "operator" or self.channels != self.outputs):
+        if self.residual and (self.task != "operator" or self.channels < self.outputs):
             raise ValueError(
-                f"residual=True adds the input to the output of an operator: task is {self.task!r}, channels "
-                f"{self.channels} and outputs {self.outputs} must be equal"
+                f"residual=True adds the first input channels to the outputs of an operator: task is {self.task!r}, "
+                f"and channels {self.channels} must be at least outputs {self.outputs}"
             )
         if self.ahead is not None:
             _positive("ahead", self.ahead)

@@ -83,7 +83,7 @@ class VisionModel(nn.Module):
         if self.config.task != "operator":
             return out
         shape = (-1, *(1,) * self.config.dims)
-        base = hide(x, mask) if self.config.residual else self.target_mean.view(shape)
+        base = hide(x, mask)[:, : self.config.outputs] if self.config.residual else self.target_mean.view(shape)
         if self.config.ahead is not None:
             out, base = out[:, :, : self.config.ahead], base[:, :, : self.config.ahead]
         return out * self.target_std.view(shape) + base
