@@ -68,12 +68,13 @@ def _classes(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figure:
     figure, axes = _panels(1, len(first.x), first.x.shape, 0.35 + 0.16 * (len(samples) + 1))
     for column, one in enumerate(axes[0]):
         one.imshow(_rgb(outcome, first.x[column]), interpolation="nearest")
+        one.set_anchor("N")  # what the models say has the room below
         _title(one, textwrap.shorten(names[first.y[column]], 22))
         for line, (attention, found) in enumerate(samples.items()):
             said = int(found.predicted[column])
             text = f"{attention}: {textwrap.shorten(names[said], 14)} {100 * found.confidence[column]:.0f} %"
             colour = _RIGHT if said == first.y[column] else _WRONG
-            one.text(0, -0.03 - 0.13 * line, text, transform=one.transAxes, fontsize=6.8, va="top", color=colour)
+            one.text(0, -0.03 - 0.12 * line, text, transform=one.transAxes, fontsize=6.8, va="top", color=colour)
     return figure
 
 
