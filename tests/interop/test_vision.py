@@ -125,6 +125,29 @@ def test_every_token_is_seen_once() -> None:
     torch.testing.assert_close(got, torch.full_like(got, 1 / (prefix + 9 * 16)))
 
 
+TAKEN = (
+    "window", "fma", "fma2d", "blocks", "na", "dina", "gna", "swin", "maxvit", "gcvit", "focal", "s2a", "scale_dit",
+    "relay",
+)  # fmt: skip
+"""Recipes that can meet prefix tokens in one softmax."""
+
+
+@pytest.mark.parametrize("recipe", TAKEN)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_one_softmax_over_prefix_and_patches(recipe: str, layer: int) -> None:
+    """Ones give ones, in every row; and prefix keys that draw all the weight leave none for the patches."""
+    prefix, grid = 2, (14, 14)
+    q, k, v = random(prefix, grid)
+    attention = GridAttention(recipe, grid_options(recipe, {}), num_heads=2, head_dim=8, layer=layer, prefix=prefix)
+    attention = attention.double()
+    ones = attention(q, k, torch.ones_like(v), grid, 0.35)
+    torch.testing.assert_close(ones, torch.ones_like(v))
+    k, v = k.clone(), torch.zeros_like(v)
+    k[:, :, :prefix], v[:, :, :prefix] = 10 * q.mean(2, keepdim=True).sign(), 1.0
+    q = q.abs() * k[:, :, :1].sign() * 10
+    torch.testing.assert_close(attention(q, k, v, grid, 5.0), torch.ones_like(v))
+
+
 def test_prefix_rows_are_exact_and_gradients_flow() -> None:
     prefix, grid = 2, (8, 8)
     q, k, v = (t.requires_grad_() for t in random(prefix, grid))
