@@ -1,6 +1,6 @@
 """What a vision model costs by resolution: one image forward and backward, 128 x 128 to 2,048 x 2,048 pixels.
 
-    python benchmarks/resolution.py --threads 2 --budget 460 --out runs/resolution.json
+    python benchmarks/resolution.py --threads 2 --budget 460 --out runs/resolution.json --plot runs/resolution.png
 
 The side doubles from 128 pixels; tokens at stride 4, so 1,024 to 262,144 in the first stage. All attentions in one run,
 turn by turn. A model leaves the run when its next size would not fit in time or memory, and the reason is kept. An
@@ -21,11 +21,12 @@ from farfield.bench.case import grid_of
 from farfield.bench.cost import Cost, CostPoint, measure
 from farfield.bench.flops import count_flops
 from farfield.bench.machine import describe_machine
+from farfield.bench.plots import cost_figure, looks, png
 from farfield.bench.runs import read_json
 from farfield.bench.vision import Whole
 from farfield.models.vision import VisionConfig, VisionModel, preset
 from farfield.recipes import options
-from farfield.training.files import write_json
+from farfield.training.files import write_atomically, write_json
 
 
 def told(cost: Cost, names: list[str], length: int) -> dict[str, dict[str, float]]:
@@ -45,6 +46,11 @@ def told(cost: Cost, names: list[str], length: int) -> dict[str, dict[str, float
     return found
 
 
+def draw(cost: Cost, names: list[str], path: Path) -> None:
+    """Time and memory by pixels."""
+    write_atomically(path, png(cost_figure(cost, looks(names), "pixels of one image")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="cost by resolution")
     parser.add_argument("--attention", default="dense,window,fma2d,swin,agent")
@@ -59,11 +65,14 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=460.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="a PNG of time and memory by pixels")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    asked = {name: value for name, value in vars(given).items() if name != "out"}
+    asked = {name: value for name, value in vars(given).items() if name not in ("out", "plot")}
     if given.out.exists() and read_json(given.out).get("settings") == asked:
         print(f"{given.out} is there already")
+        if given.plot is not None:
+            draw(Cost.from_json(read_json(given.out)["cost"]), given.attention.split(","), given.plot)
         return
 
     def config(name: str) -> VisionConfig:
@@ -100,6 +109,8 @@ def main() -> None:
     for name, entry in result[f"at {given.at}"].items():
         print(name, ", ".join(f"{what} {value:.2f}" for what, value in entry.items()), "; ", cost.stopped.get(name))
     write_json(given.out, result)
+    if given.plot is not None:
+        draw(cost, names, given.plot)
 
 
 if __name__ == "__main__":
