@@ -9,7 +9,7 @@ import pytest
 
 from farfield.data.arrays import read_arrays
 from farfield.data.examples import Batches, in_order
-from farfield.data.grids import Crops, open_grids
+from farfield.data.grids import Crops, Pairs, open_grids
 from farfield.data.kinds import kind_of
 from support.vision_data import real
 
@@ -263,3 +263,23 @@ def test_wrong_questions_of_a_series(tmp_path: Path, options: dict[str, Any], me
     path = saved(tmp_path / "a.npz", u=np.zeros((30, 4, 5)))
     with pytest.raises(ValueError, match=message):
         open_grids([path], **options)
+
+
+def test_axes_of_training_pairs_are_exchanged_together(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((10, 6, 6)).astype(np.float32)
+    data = open_grids([saved(tmp_path / "a.npz", x=x, y=2 * x)], transpose=True)
+    assert isinstance(data.train, Pairs)
+    rng, exchanged = np.random.default_rng(1), 0
+    for index in [*range(len(data.train))] * 4:
+        plain, drawn = data.train.get(index), data.train.get(index, rng)
+        assert np.array_equal(np.asarray(drawn.y), 2 * drawn.x)
+        other = np.array_equal(drawn.x, plain.x.swapaxes(1, 2))
+        assert other != np.array_equal(drawn.x, plain.x)
+        exchanged += other
+    assert 8 < exchanged < 28
+    (test,) = data.tests.values()
+    assert np.array_equal(test.get(0).x, test.get(0, rng).x)
+    with pytest.raises(ValueError, match="transpose=True needs square grids, got 6x5"):
+        open_grids([saved(tmp_path / "b.npz", x=x[:, :, 1:], y=x[:, :, 1:])], transpose=True)
+    with pytest.raises(ValueError, match="transpose=True is for pairs"):
+        open_grids([saved(tmp_path / "c.npz", u=np.zeros((9, 4, 4)))], transpose=True)

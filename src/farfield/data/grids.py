@@ -19,7 +19,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,15 @@ _SQUARES = 4
 
 @dataclass(frozen=True)
 class Pairs:
-    """Inputs `[n, C, *grid]` and outputs `[n, C', *grid]` of one grid."""
+    """Inputs `[n, C, *grid]` and outputs `[n, C', *grid]` of one grid.
+
+    With ``transpose`` half of the training examples, drawn at random, have their last two axes exchanged.
+    """
 
     x: Floats
     y: Floats
     label: str
+    transpose: bool = False
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -62,8 +66,11 @@ class Pairs:
         return f"{self.label}, pair {index}"
 
     def get(self, index: int, rng: np.random.Generator | None = None) -> Example:
-        """See :class:`farfield.data.examples.Source`; nothing is augmented."""
-        return _example(self.x[index], self.y[index])
+        """See :class:`farfield.data.examples.Source`; augmented by ``transpose`` alone."""
+        x, y = self.x[index], self.y[index]
+        if self.transpose and rng is not None and rng.random() < 0.5:
+            x, y = x.swapaxes(-1, -2), y.swapaxes(-1, -2)
+        return _example(x, y)
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ def open_grids(
     frames: int = 1,
     ahead: int | None = None,
     fill: bool = False,
+    transpose: bool = False,
     size: tuple[int, int] | None = None,
     held_out: float = 0.1,
     seed: int = 0,
@@ -182,6 +190,8 @@ def open_grids(
         ahead: of a series, how many of them are predicted; all by default. Test examples may read frames of the
             training part then, and are asked about later ones only.
         fill: of a series of one variable, fill holes in its frames instead of predicting the next ones.
+        transpose: of pairs on square grids whose law is the same along both axes: exchange the axes of training
+            examples at random, which doubles them.
         size: of a single field (or with ``fill``), height and width of the crops; 128 x 128 by default, less where it
             is smaller.
         held_out: part of the pairs that is held out where there are no test pairs.
@@ -212,7 +222,9 @@ def open_grids(
     if pairs and not variables:
         if frames != 1 or size is not None or fill:
             raise ValueError(f"{path} holds pairs ({', '.join(pairs)}), which have neither frames nor crops")
-        return _open_pairs(arrays, pairs, path, held_out, seed, about)
+        return _open_pairs(arrays, pairs, path, held_out, seed, transpose, about)
+    if transpose:
+        raise ValueError(f"transpose=True is for pairs; {path} holds {listed}")
     wanted = {name: arrays[name] for name in (variables or arrays)}
     series = _alike(wanted, 3, bool(variables))
     if series and fill:
@@ -265,6 +277,7 @@ def _open_pairs(
     path: Path,
     held_out: float,
     seed: int,
+    transpose: bool,
     about: dict[str, Any],
 ) -> VisionData:
     parts = {
@@ -283,6 +296,10 @@ def _open_pairs(
             raise ValueError(f"{path} holds {len(train)} pair; at least two are needed")
         parts["held out"] = Pairs(train.x[order[:cut]], train.y[order[:cut]], f"{train.label}, held out")
         train = Pairs(train.x[order[cut:]], train.y[order[cut:]], train.label)
+    if transpose:
+        if train.grid[-1] != train.grid[-2]:
+            raise ValueError(f"transpose=True needs square grids, got {size_in_words(train.grid)}")
+        train = replace(train, transpose=True)
     # The resolution of training first, then others from coarse to fine.
     tests: dict[str, Source] = {}
     for part in sorted(parts.values(), key=lambda p: (p.grid != train.grid, math.prod(p.grid))):
