@@ -13,8 +13,10 @@ from farfield.data.grids import open_grids
 
 
 def main() -> None:
-    given = arguments("Darcy flow at two resolutions", 2000).parse_args()
-    study(settings_of(given), open_grids(given.data), given.out)
+    parser = arguments("Darcy flow at two resolutions", 2000)
+    parser.add_argument("--transpose", action="store_true", help="exchange the axes of training examples at random")
+    given = parser.parse_args()
+    study(settings_of(given), open_grids(given.data, transpose=given.transpose), given.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from farfield import recipes
 from farfield.attention import Attention
 from farfield.far import (
     Channels,
@@ -20,7 +21,7 @@ from farfield.far import (
     Relay,
     Spectrum,
 )
-from farfield.merge import AttentionState, Gate, resolve_merge
+from farfield.merge import AttentionState, Gate, attend_dense, merge_states, resolve_merge
 from farfield.near import Anchors, Blocks, Conv, Dense, DynamicConv, GlobalQueries, Partition, Window
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part
 
@@ -316,3 +317,24 @@ def test_bad_inputs_are_refused_with_the_reason() -> None:
         layer(x, cu_seqlens=torch.tensor([0.0, 10.0]))
     with pytest.raises(ValueError, match="packs 1-D sequences"):
         Attention(16, 4, near=Window(3), dims=2)(x, grid=(2, 5), cu_seqlens=torch.tensor([0, 10]))
+
+
+@pytest.mark.parametrize("recipe", ["fma", "window", "dense", "swin"])
+def test_a_state_has_the_output_and_meets_further_keys(recipe: str) -> None:
+    """With the log-sum-exp, a softmax over more keys is that of both states together."""
+    layer = recipes.build(recipe, 16, 2)
+    inputs = layer._inputs(torch.randn(2, 200, 16), None, None, None)
+    state = layer.state(inputs)
+    torch.testing.assert_close(state.out, layer.attend(inputs), rtol=1e-4, atol=1e-5)
+    more = torch.zeros_like(inputs.k[:, :, :3])
+    seen = attend_dense(inputs.q, more, torch.ones_like(more), scale=inputs.scale)
+    share = 3 / (3 + state.lse.exp())
+    both = merge_states(state, seen).out
+    torch.testing.assert_close(both, (1 - share)[..., None] * state.out + share[..., None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("recipe", "why"), [("agent", "a convolution"), ("mano", "every level has a softmax")])
+def test_a_state_is_refused_where_there_is_none(recipe: str, why: str) -> None:
+    layer = recipes.build(recipe, 16, 2)
+    with pytest.raises(ValueError, match=why):
+        layer.state(layer._inputs(torch.randn(1, 20, 16), None, None, None))

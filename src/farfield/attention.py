@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from farfield.merge import AttentionState, Merge, resolve_merge
+from farfield.merge import AttentionState, Merge, merge_states, resolve_merge
 from farfield.parts import FarPart, Inputs, LayerSpec, NearPart, OutputModule, Part
 from farfield.rope import Rope, segment_positions
 from farfield.streaming import Decoder, StreamSpec, StreamState, row_positions
@@ -39,6 +39,28 @@ class _Mixing(nn.Module):
             out: Tensor = self.merge(self.near(inputs), self.far(inputs), inputs.x)
             return out
         return self._only(inputs)
+
+    @property
+    def why_no_state(self) -> str | None:
+        """Why :meth:`state` cannot work; None when it can."""
+        for role, part in (("near", self.near_spec), ("far", self.far_spec)):
+            if part is not None and not part.gives_state:
+                return f"{role}={part!r} gives no attention state, {part.why_no_state}"
+        if self.near_spec is not None and self.far_spec is not None and self.merge_spec.name != "softmax":
+            return f"merge={self.merge_spec.name!r} adds outputs that are normalised on their own"
+        return None
+
+    def state(self, inputs: Inputs) -> AttentionState:
+        """As :meth:`attend`, with the log-sum-exp, so that further keys can join the softmax.
+
+        Raises:
+            ValueError: for parts or a merge without one, with the reason.
+        """
+        why = self.why_no_state
+        if why is not None:
+            raise ValueError(f"there is no log-sum-exp of this attention: {why}")
+        states: list[AttentionState] = [part(inputs) for part in (self.near, self.far) if part is not None]
+        return merge_states(*states)
 
     def _only(self, inputs: Inputs) -> Tensor:
         """The output of the one part there is; some have a faster way to it when nobody needs the log-sum-exp."""

@@ -39,6 +39,11 @@ def test_measures_every_length_of_every_attention() -> None:
     assert all("32" in reason for reason in cost.stopped.values())
 
 
+def test_lengths_grow_by_the_factor() -> None:
+    cost = measure({"a": lambda: nn.Linear(4, 4)}, dim=4, heads=1, first=8, longest=128, factor=4)
+    assert [p.length for p in cost.points] == [8, 32, 128]
+
+
 def test_an_attention_that_gets_slow_leaves_and_the_other_goes_on() -> None:
     cost = measure(
         {"slow": lambda: Sleeper(1e-3), "fast": lambda: nn.Linear(4, 4)},

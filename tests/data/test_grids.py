@@ -9,7 +9,7 @@ import pytest
 
 from farfield.data.arrays import read_arrays
 from farfield.data.examples import Batches, in_order
-from farfield.data.grids import open_grids
+from farfield.data.grids import Crops, Pairs, open_grids
 from farfield.data.kinds import kind_of
 from support.vision_data import real
 
@@ -200,3 +200,86 @@ def test_real_fields(name: str, grids: dict[str, int], channels: tuple[int, int]
         assert len(batch.x) == len(indices)
         assert batch.x.isfinite().all() and batch.y.isfinite().all()
         assert (batch.mask is not None) == (name == "coads_climatology")
+
+
+def test_a_series_of_which_only_the_next_frame_is_asked(tmp_path: Path) -> None:
+    """Read from months of both parts; every frame that is asked of a test lies after all of training."""
+    time = np.arange(40.0)[:, None, None] + 100 * np.arange(2.0)[None, :, None] * np.ones((1, 1, 3))
+    data = open_grids([saved(tmp_path / "a.npz", u=time)], frames=4, ahead=1)
+    (test,) = data.tests.values()
+    assert data.ahead == 1 and data.train.grid == test.grid == (4, 2, 3)
+    assert (len(data.train), len(test)) == (28, 8)
+    for source, frames in ((data.train, range(4, 32)), (test, range(32, 40))):
+        for index, frame in enumerate(frames):
+            example = source.get(index)
+            assert isinstance(example.y, np.ndarray) and example.y.shape == (1, 1, 2, 3)
+            assert example.y[0, 0, 0, 0] == frame
+            assert example.x[0, :, 0, 0].tolist() == list(range(frame - 4, frame))
+    said = data.yardsticks
+    base = [np.linalg.norm(time[frame]) for frame in range(32, 40)]
+    assert said["the same again"] == pytest.approx(np.mean([4 * 6**0.5 / b for b in base]))
+    assert said["the last frame again"] == pytest.approx(np.mean([6**0.5 / b for b in base]))
+    # The mean of the frames of training a whole number of fours before.
+    means = [np.mean([k for k in range(32) if k % 4 == frame % 4]) for frame in range(32, 40)]
+    errors = [(frame - mean) * 6**0.5 / b for frame, mean, b in zip(range(32, 40), means, base, strict=True)]
+    assert said["mean of training, every 4th frame"] == pytest.approx(np.mean(errors))
+
+
+def test_holes_in_the_frames_of_a_series(tmp_path: Path) -> None:
+    """Land is masked, never counted and never hidden; training crops are of the left part, all frames among them."""
+    rng = np.random.default_rng(0)
+    values = rng.random((3, 20, 30)).astype(np.float32) + np.arange(3, dtype=np.float32)[:, None, None] * 10
+    values[:, 8:12, 4:28] = np.nan
+    data = open_grids([saved(tmp_path / "a.npz", t=values)], fill=True, size=(16, 6))
+    (test,) = data.tests.values()
+    assert isinstance(test, Crops)
+    frames, rng = set(), np.random.default_rng(1)
+    for source in (data.train, test):
+        for index in range(12):
+            example = source.get(index, rng if source is data.train else None)
+            assert example.mask is not None and isinstance(example.y, np.ndarray)
+            if source is data.train:
+                frames.add(int(example.y[0][example.mask].mean() // 10))
+            known = example.y[0][example.mask]
+            assert np.isin(known, values[:, :, :24] if source is data.train else values[:, :, 24:]).all()
+            shown = example.mask & (example.x[1] == 1)
+            assert np.array_equal(example.x[0][shown], example.y[0][shown])
+    assert frames == {0, 1, 2}
+    hidden = test.hidden(0)
+    first = test.get(0)
+    assert hidden.any() and first.mask is not None and not (hidden & ~first.mask).any()
+    assert (first.x[0][hidden] == np.float32(test.fill)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 4, "ahead": 5}, "ahead=5 with frames=4"),
+        ({"ahead": 1}, "ahead=1 with frames=1"),
+        ({"fill": True, "frames": 2}, "filling holes takes one variable"),
+    ],
+)
+def test_wrong_questions_of_a_series(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    path = saved(tmp_path / "a.npz", u=np.zeros((30, 4, 5)))
+    with pytest.raises(ValueError, match=message):
+        open_grids([path], **options)
+
+
+def test_axes_of_training_pairs_are_exchanged_together(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((10, 6, 6)).astype(np.float32)
+    data = open_grids([saved(tmp_path / "a.npz", x=x, y=2 * x)], transpose=True)
+    assert isinstance(data.train, Pairs)
+    rng, exchanged = np.random.default_rng(1), 0
+    for index in [*range(len(data.train))] * 4:
+        plain, drawn = data.train.get(index), data.train.get(index, rng)
+        assert np.array_equal(np.asarray(drawn.y), 2 * drawn.x)
+        other = np.array_equal(drawn.x, plain.x.swapaxes(1, 2))
+        assert other != np.array_equal(drawn.x, plain.x)
+        exchanged += other
+    assert 8 < exchanged < 28
+    (test,) = data.tests.values()
+    assert np.array_equal(test.get(0).x, test.get(0, rng).x)
+    with pytest.raises(ValueError, match="transpose=True needs square grids, got 6x5"):
+        open_grids([saved(tmp_path / "b.npz", x=x[:, :, 1:], y=x[:, :, 1:])], transpose=True)
+    with pytest.raises(ValueError, match="transpose=True is for pairs"):
+        open_grids([saved(tmp_path / "c.npz", u=np.zeros((9, 4, 4)))], transpose=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from farfield import recipes
 from farfield.bench.flops import count_flops
 from farfield.models.vision import SIZES, TASKS, VisionConfig, VisionModel, preset
+from farfield.models.vision.backbone import sampled
 from farfield.models.vision.model import Examples, relative_errors
 
 NAMES = [name for name in recipes.names() if 2 in recipes.get(name).dims]
@@ -220,8 +221,61 @@ def test_a_residual_operator_begins_with_its_input() -> None:
         torch.testing.assert_close(model(x), x, rtol=0, atol=0.05)
         hidden = torch.where(mask[:, None], x, torch.full_like(x, float("nan")))
         assert model(hidden, mask).isfinite().all()
-    with pytest.raises(ValueError, match="residual=True adds the input"):
+    with pytest.raises(ValueError, match="channels 3 must be at least outputs 5"):
         small(task="operator", residual=True)
+
+
+def test_a_residual_operator_may_read_further_channels() -> None:
+    model = VisionModel(small(task="operator", outputs=2, residual=True))
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), x[:, :2], rtol=0, atol=0.05)
+
+
+def test_points_of_a_finer_grid_are_points_of_the_coarse_one() -> None:
+    x = torch.randn(2, 3, 12, 20)
+    torch.testing.assert_close(sampled(x, (4, 10)), x[:, :, ::3, ::2])
+    back = sampled(sampled(x, (6, 10)), (12, 20))
+    torch.testing.assert_close(back[:, :, ::2, ::2], x[:, :, ::2, ::2])
+    torch.testing.assert_close(back[:, :, 1, 0], (x[:, :, 0, 0] + x[:, :, 2, 0]) / 2)
+    torch.testing.assert_close(back[:, :, 11, 0], x[:, :, 10, 0])
+    assert sampled(x, (12, 20)) is x
+
+
+def test_a_latent_grid_answers_on_finer_grids_as_on_its_own() -> None:
+    """At the points that both grids have; a model without it answers otherwise."""
+    options = {"task": "operator", "channels": 1, "outputs": 1, "patch": 1}
+    model = VisionModel(small(**options, latent=8))
+    own = VisionModel(small(**options))
+    torch.nn.init.normal_(model.head.out.weight, std=1.0)  # type: ignore[arg-type, union-attr]
+    own.load_state_dict(model.state_dict())
+    fine = torch.randn(2, 1, 16, 16)
+    coarse = fine[:, :, ::2, ::2]
+    torch.testing.assert_close(model(fine)[:, :, ::2, ::2], model(coarse))
+    torch.testing.assert_close(model(coarse), own(coarse))
+    assert (own(fine)[:, :, ::2, ::2] - own(coarse)).abs().max() > 1e-2
+    mask = torch.ones(2, 16, 16, dtype=torch.bool)
+    mask[:, 3:6, 2:9] = False
+    hidden = torch.where(mask[:, None], fine, torch.full_like(fine, float("nan")))
+    torch.testing.assert_close(model(hidden, mask), model(torch.where(mask[:, None], fine, 7.0), mask))
+    with pytest.raises(ValueError, match="latent=8 is for task 'operator'"):
+        small(latent=8)
+
+
+def test_an_operator_may_answer_at_leading_steps_alone() -> None:
+    settings = {"task": "operator", "dims": 3, "channels": 2, "outputs": 2, "patch": (1, 2, 2), "downsample": (1, 2, 2),
+                "residual": True}  # fmt: skip
+    whole, first = (VisionModel(small(**settings, **more)) for more in ({}, {"ahead": 2}))
+    x, y = torch.randn(1, 2, 5, 8, 8), torch.randn(1, 2, 2, 8, 8)
+    torch.testing.assert_close(first(x), whole(x)[:, :, :2])
+    mask = torch.ones(1, 5, 8, 8, dtype=torch.bool)
+    mask[:, 0, 3] = False
+    y[:, :, 0, 3] = float("nan")
+    loss = first.loss(Examples(x, y, mask))
+    loss.backward()
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match="ahead=2 is for an operator with dims=3"):
+        small(ahead=2)
 
 
 def test_ignored_labels_count_in_no_loss() -> None:

@@ -92,12 +92,13 @@ def measure(
     memory_limit: int | None = None,
     first: int = FIRST_LENGTH,
     longest: int = 1 << 20,
+    factor: int = 2,
     repeats: int = 3,
     device: torch.device | str = "cpu",
     on_point: Callable[[CostPoint], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Cost:
-    """Measures one layer of every attention over doubling lengths.
+    """Measures one layer of every attention over growing lengths.
 
     Inputs are one sequence [1, N, dim] in float32; forward is timed without gradients, forward+backward with gradients
     of the input and of all parameters. The first call of a length warms up and gives the memory; a warm-up longer than
@@ -112,6 +113,7 @@ def measure(
         memory_limit: bytes that a call may need; None takes 70 percent of what is available when the length begins.
         first: the shortest length.
         longest: no length above this one.
+        factor: of one length to the one before.
         repeats: timed repeats per length.
         device: where to measure.
         on_point: called after every measured point.
@@ -150,7 +152,7 @@ def measure(
             if on_point is not None:
                 on_point(point)
         alive = [c for c in alive if c.name not in cost.stopped]
-        length *= 2
+        length *= factor
     for candidate in alive:
         cost.stopped[candidate.name] = (
             "interrupted" if cost.interrupted else f"no longer length than {longest:,} was asked for"

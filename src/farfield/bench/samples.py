@@ -27,7 +27,8 @@ class Samples:
 
     Attributes:
         x: float32 `[S, channels, *grid]`.
-        y: int64 `[S]` or `[S, *grid]`, or float32 `[S, outputs, *grid]`.
+        y: int64 `[S]` or `[S, *grid]`, or float32 `[S, outputs, *grid]`, the first axis shorter where the model answers
+            at leading steps alone.
         mask: bool `[S, *grid]`, True = the point counts.
         predicted: as y.
         confidence: float32 `[S]`, the probability of the predicted class; 1 for other tasks.
@@ -116,7 +117,8 @@ def reach(model: VisionModel, batch: Examples) -> tuple[npt.NDArray[np.int64], F
         place = np.full(len(grid), -1, dtype=np.int64)
         answer = out.max(1).values
     else:
-        place = _query(grid, batch.mask)
+        steps = out.shape[2]  # of an operator with ``ahead`` fewer than the input has
+        place = _query(tuple(out.shape[2:]), None if batch.mask is None else batch.mask[:, :steps])
         at = out[(slice(None), slice(None), *(int(p) for p in place))]
         answer = at.max(1).values if model.config.task == "segment" else at.sum(1)
     (gradient,) = torch.autograd.grad(answer.sum(), x)

@@ -61,6 +61,7 @@ class VisionSettings:
             data: 4 for images from 64 pixels and 2 for smaller ones, for fields 1 up to 4,096 points and 2 above.
         position: see :data:`farfield.models.vision.config.POSITIONS`; None takes "conv" for images, "waves" for fields.
         options: of the recipes; each recipe gets those that it knows.
+        latent: of an operator, let the backbone work on the grid of training whatever grid it is asked about.
         batch: examples per step; None takes 32 for classes and 8 otherwise.
         lr: peak learning rate; None takes 0.002.
         examples: held-out examples to test on at most, evenly spread.
@@ -81,6 +82,7 @@ class VisionSettings:
     patch: int | tuple[int, ...] | None = None
     position: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    latent: bool = False
     batch: int | None = None
     lr: float | None = None
     examples: int = 1000
@@ -114,6 +116,8 @@ class VisionSettings:
             "target_mean": data.target_mean,
             "target_std": data.target_std,
             "residual": data.residual,
+            "ahead": data.ahead,
+            "latent": data.train.grid if self.latent else None,
             "ignore": data.ignore,
         }
         plain = self.size.startswith("vit")
@@ -343,6 +347,8 @@ def run_key(
         "data": data.fingerprint[:16],
         "channels": [data.channels, data.outputs],
         "residual": data.residual,
+        **({} if data.ahead is None else {"ahead": data.ahead}),
+        **({"latent": config.latent} if settings.latent else {}),
     }
     if settings.seconds is not None:  # equal time means something on one machine only
         key |= {

@@ -68,12 +68,13 @@ def _classes(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figure:
     figure, axes = _panels(1, len(first.x), first.x.shape, 0.35 + 0.16 * (len(samples) + 1))
     for column, one in enumerate(axes[0]):
         one.imshow(_rgb(outcome, first.x[column]), interpolation="nearest")
+        one.set_anchor("N")  # what the models say has the room below
         _title(one, textwrap.shorten(names[first.y[column]], 22))
         for line, (attention, found) in enumerate(samples.items()):
             said = int(found.predicted[column])
             text = f"{attention}: {textwrap.shorten(names[said], 14)} {100 * found.confidence[column]:.0f} %"
             colour = _RIGHT if said == first.y[column] else _WRONG
-            one.text(0, -0.03 - 0.13 * line, text, transform=one.transAxes, fontsize=6.8, va="top", color=colour)
+            one.text(0, -0.03 - 0.12 * line, text, transform=one.transAxes, fontsize=6.8, va="top", color=colour)
     return figure
 
 
@@ -119,8 +120,9 @@ def _fields(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figure:
     rows = min(len(first.x), 3)
     figure, axes = _panels(rows, 2 + 2 * len(samples), first.x.shape, 0.4)
     for row, line in enumerate(axes):
-        mask = _last(first.mask[row])
-        x, truth = (np.where(mask, _last(a[row, 0]), np.nan) for a in (first.x, first.y))
+        mask = _last(first.mask[row][: first.y.shape[2]])
+        x, truth = _last(first.x[row, 0]), np.where(mask, _last(first.y[row, 0]), np.nan)
+        x = np.where(_last(first.mask[row]), x, np.nan)
         low, high = float(np.nanmin(truth)), float(np.nanmax(truth))
         errors = {
             name: np.where(mask, np.abs(_last(found.predicted[row, 0]) - truth), np.nan)

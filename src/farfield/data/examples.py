@@ -90,6 +90,7 @@ class VisionData:
         ignore: the label that stands for none.
         mean, std, target_mean, target_std: statistics of the training examples, per channel.
         residual: whether a model should predict changes of its input, as of what comes next.
+        ahead: steps of the first of three axes that the targets have; None where they have the grid of the input.
         yardsticks: errors of simple answers by name, in the task's metric.
         source: in words, where the data are from.
         fingerprint: equal for equal data.
@@ -108,6 +109,7 @@ class VisionData:
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
     residual: bool = False
+    ahead: int | None = None
     yardsticks: dict[str, float] = field(default_factory=dict)
     source: str = ""
     fingerprint: str = ""

@@ -5,9 +5,10 @@ What a file holds decides the question that is asked of it:
 - *pairs* ``x`` and ``y``, or ``<name>_x`` and ``<name>_y`` with "train" or "test" in the name: predict y from x. Test
   pairs may lie on other grids than those of training. An x with one axis less than y is the same all along y's first
   axis.
-- *a series* of fields `[T, H, W]`, all of one shape: predict the next frame, or the next ``frames`` frames, from as
-  many before them. The last fifth of the time is held out.
-- *a field* `[H, W]`: fill in squares that are hidden, in crops of it. The right fifth is held out.
+- *a series* of fields `[T, H, W]`, all of one shape: predict the next frame, or the next ``frames`` frames (or
+  fewer, ``ahead``), from as many before them. The last fifth of the time is held out.
+- *a field* `[H, W]`, or with ``fill`` the frames of a series: fill in squares that are hidden, in crops of it. The
+  right fifth is held out.
 
 Values that are not finite are masked: no model reads them, and no error counts there.
 """
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,15 @@ _SQUARES = 4
 
 @dataclass(frozen=True)
 class Pairs:
-    """Inputs `[n, C, *grid]` and outputs `[n, C', *grid]` of one grid."""
+    """Inputs `[n, C, *grid]` and outputs `[n, C', *grid]` of one grid.
+
+    With ``transpose`` half of the training examples, drawn at random, have their last two axes exchanged.
+    """
 
     x: Floats
     y: Floats
     label: str
+    transpose: bool = False
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -60,21 +66,27 @@ class Pairs:
         return f"{self.label}, pair {index}"
 
     def get(self, index: int, rng: np.random.Generator | None = None) -> Example:
-        """See :class:`farfield.data.examples.Source`; nothing is augmented."""
-        return _example(self.x[index], self.y[index])
+        """See :class:`farfield.data.examples.Source`; augmented by ``transpose`` alone."""
+        x, y = self.x[index], self.y[index]
+        if self.transpose and rng is not None and rng.random() < 0.5:
+            x, y = x.swapaxes(-1, -2), y.swapaxes(-1, -2)
+        return _example(x, y)
 
 
 @dataclass(frozen=True)
 class Series:
     """Frames `[T, C, H, W]`: ``frames`` of them are the input, the next ones the output.
 
-    With one frame examples lie on (H, W), with more on (frames, H, W).
+    With one frame examples lie on (H, W), with more on (frames, H, W). With ``ahead`` the output is only that many
+    frames, each at the step of the input that lies ``frames`` before it (of monthly fields and frames=12 the same month
+    a year ago).
     """
 
     values: Floats
     frames: int
     label: str
     start: int = 0
+    ahead: int | None = None
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -83,7 +95,7 @@ class Series:
         return plane if self.frames == 1 else (self.frames, *plane)
 
     def __len__(self) -> int:
-        return max(0, len(self.values) - 2 * self.frames + 1)
+        return max(0, len(self.values) - self.frames - (self.ahead or self.frames) + 1)
 
     def name(self, index: int) -> str:
         """Which frames."""
@@ -91,14 +103,14 @@ class Series:
 
     def get(self, index: int, rng: np.random.Generator | None = None) -> Example:
         """See :class:`farfield.data.examples.Source`; nothing is augmented."""
-        first, middle, last = index, index + self.frames, index + 2 * self.frames
+        first, middle, last = index, index + self.frames, index + self.frames + (self.ahead or self.frames)
         x, y = self.values[first:middle].swapaxes(0, 1), self.values[middle:last].swapaxes(0, 1)
         return _example(x[:, 0], y[:, 0]) if self.frames == 1 else _example(x, y)
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Crops of one field `[H, W]` with hidden squares: the input is what is left and where it is, the output all of it.
+    """Crops of fields `[T, H, W]` with hidden squares: the input is what is left and where it is, the output all of it.
 
     Training crops (``rng`` given) lie anywhere; test crops are spread evenly, with squares of their own each.
     """
@@ -116,10 +128,16 @@ class Crops:
         """Which crop."""
         return f"{self.label}, crop {index}"
 
+    def hidden(self, index: int) -> npt.NDArray[np.bool_]:
+        """The points `[H, W]` of a test crop that are hidden and known."""
+        example = self.get(index)
+        known = np.ones(self.grid, dtype=bool) if example.mask is None else np.asarray(example.mask)
+        return known & (np.asarray(example.x)[1] == 0)
+
     def get(self, index: int, rng: np.random.Generator | None = None) -> Example:
         """See :class:`farfield.data.examples.Source`."""
         chosen = np.random.default_rng((7, index)) if rng is None else rng
-        spare = [n - s for n, s in zip(self.values.shape, self.grid, strict=True)]
+        spare = [n - s for n, s in zip(self.values.shape[1:], self.grid, strict=True)]
         if rng is None:
             across = max(1, math.ceil(math.sqrt(self.count)))
             place = [
@@ -127,10 +145,12 @@ class Crops:
                 spare[1] * (index % across) // max(across - 1, 1),
             ]
             upper, left = (min(p, s) for p, s in zip(place, spare, strict=True))
+            frame = index % len(self.values)
         else:
+            frame = int(chosen.integers(0, len(self.values))) if len(self.values) > 1 else 0
             upper, left = (int(chosen.integers(0, s, endpoint=True)) for s in spare)
         height, width = self.grid
-        whole = self.values[upper : upper + height, left : left + width]
+        whole = self.values[frame, upper : upper + height, left : left + width]
         seen = np.ones_like(whole)
         for _ in range(_SQUARES):
             side = (max(1, height // 4), max(1, width // 4))
@@ -141,7 +161,8 @@ class Crops:
 
 
 def _example(x: Floats, y: Floats) -> Example:
-    known: npt.NDArray[np.bool_] = np.asarray(np.isfinite(x).all(0) & np.isfinite(y).all(0))
+    known: npt.NDArray[np.bool_] = np.asarray(np.isfinite(x).all(0))
+    known[: y.shape[1]] &= np.isfinite(y).all(0)  # targets may have fewer steps
     if known.all():
         return Example(np.ascontiguousarray(x), np.ascontiguousarray(y))
     clean = [np.nan_to_num(a, nan=0.0, posinf=0.0, neginf=0.0) for a in (x, y)]
@@ -153,6 +174,9 @@ def open_grids(
     *,
     variables: Sequence[str] = (),
     frames: int = 1,
+    ahead: int | None = None,
+    fill: bool = False,
+    transpose: bool = False,
     size: tuple[int, int] | None = None,
     held_out: float = 0.1,
     seed: int = 0,
@@ -163,7 +187,13 @@ def open_grids(
         paths: one ``.npz``, ``.npz.xz`` or ``.nc`` file.
         variables: names of the arrays to take of a series or of several fields; all that fit together by default.
         frames: of a series, how many frames are read and predicted; above 1 the grid is (frames, H, W).
-        size: of a single field, height and width of the crops; 128 x 128 by default, less where it is smaller.
+        ahead: of a series, how many of them are predicted; all by default. Test examples may read frames of the
+            training part then, and are asked about later ones only.
+        fill: of a series of one variable, fill holes in its frames instead of predicting the next ones.
+        transpose: of pairs on square grids whose law is the same along both axes: exchange the axes of training
+            examples at random, which doubles them.
+        size: of a single field (or with ``fill``), height and width of the crops; 128 x 128 by default, less where it
+            is smaller.
         held_out: part of the pairs that is held out where there are no test pairs.
         seed: of that choice.
 
@@ -175,6 +205,8 @@ def open_grids(
         raise ValueError(f"give one file of fields, got {len(paths)}: {', '.join(str(p) for p in paths)}")
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
+    if ahead is not None and not (1 <= ahead <= frames and frames > 1):
+        raise ValueError(f"ahead={ahead} with frames={frames}: 1 to frames would be accepted, of at least 2 frames")
     path = paths[0]
     arrays = {name: values for name, values in read_arrays(path).items() if values.dtype.kind in "bifu"}
     listed = ", ".join(f"{name} {list(values.shape)}" for name, values in arrays.items()) or "nothing"
@@ -188,15 +220,23 @@ def open_grids(
     about: dict[str, Any] = {"source": str(path), "fingerprint": digest.hexdigest()}
     pairs = _pair_names(arrays)
     if pairs and not variables:
-        if frames != 1 or size is not None:
+        if frames != 1 or size is not None or fill:
             raise ValueError(f"{path} holds pairs ({', '.join(pairs)}), which have neither frames nor crops")
-        return _open_pairs(arrays, pairs, path, held_out, seed, about)
+        return _open_pairs(arrays, pairs, path, held_out, seed, transpose, about)
+    if transpose:
+        raise ValueError(f"transpose=True is for pairs; {path} holds {listed}")
     wanted = {name: arrays[name] for name in (variables or arrays)}
     series = _alike(wanted, 3, bool(variables))
+    if series and fill:
+        if len(series) != 1 or frames != 1:
+            raise ValueError(
+                f"filling holes takes one variable and no frames; {path} has {', '.join(series)}, frames={frames}"
+            )
+        return _open_field(*next(iter(series.items())), path, size, about)
     if series:
         if size is not None:
             raise ValueError(f"{path} holds a series ({', '.join(series)}), which is taken whole; leave out the size")
-        return _open_series(series, path, frames, about)
+        return _open_series(series, path, frames, ahead, about)
     fields = _alike(wanted, 2, bool(variables))
     if len(fields) == 1:
         if frames != 1:
@@ -237,6 +277,7 @@ def _open_pairs(
     path: Path,
     held_out: float,
     seed: int,
+    transpose: bool,
     about: dict[str, Any],
 ) -> VisionData:
     parts = {
@@ -255,6 +296,10 @@ def _open_pairs(
             raise ValueError(f"{path} holds {len(train)} pair; at least two are needed")
         parts["held out"] = Pairs(train.x[order[:cut]], train.y[order[:cut]], f"{train.label}, held out")
         train = Pairs(train.x[order[cut:]], train.y[order[cut:]], train.label)
+    if transpose:
+        if train.grid[-1] != train.grid[-2]:
+            raise ValueError(f"transpose=True needs square grids, got {size_in_words(train.grid)}")
+        train = replace(train, transpose=True)
     # The resolution of training first, then others from coarse to fine.
     tests: dict[str, Source] = {}
     for part in sorted(parts.values(), key=lambda p: (p.grid != train.grid, math.prod(p.grid))):
@@ -294,13 +339,19 @@ def _pairs(x: Any, y: Any, label: str) -> Pairs:
     return Pairs(x[:, None], y[:, None], label)
 
 
-def _open_series(arrays: dict[str, Any], path: Path, frames: int, about: dict[str, Any]) -> VisionData:
+def _open_series(
+    arrays: dict[str, Any], path: Path, frames: int, ahead: int | None, about: dict[str, Any]
+) -> VisionData:
     with np.errstate(over="ignore"):
         values = np.stack([np.asarray(a, dtype=np.float32) for a in arrays.values()], 1)
     values[~np.isfinite(values)] = np.nan
     cut = len(values) - max(2 * frames, len(values) // _HELD_OUT)
-    train = Series(values[: max(cut, 0)], frames, path.name)
-    test = Series(values[max(cut, 0) :], frames, path.name, start=max(cut, 0))
+    if ahead is not None:
+        cut = len(values) - max(1, len(values) // _HELD_OUT)
+    # Where the outputs are few, the inputs of a test may be of the training part: all frames of the other are outputs.
+    begin = max(cut if ahead is None else cut - frames, 0)
+    train = Series(values[: max(cut, 0)], frames, path.name, ahead=ahead)
+    test = Series(values[begin:], frames, path.name, start=begin, ahead=ahead)
     if len(train) < 1:
         raise ValueError(f"{path} has {len(values)} frames; frames={frames} needs at least {4 * frames}")
     known = [_example(values[t], values[t]) for t in range(len(values))]
@@ -308,26 +359,50 @@ def _open_series(arrays: dict[str, Any], path: Path, frames: int, about: dict[st
         raise ValueError(f"{path}: no point of {', '.join(arrays)} is finite in all variables")
     statistics = _both_statistics(train.values, train.values)
     told = [test.get(i) for i in range(len(test))]
-    persistence = np.array([_relative(e.x[None], np.asarray(e.y)[None], e.mask) for e in told])
     mean = np.asarray(statistics["target_mean"], dtype=np.float32).reshape(-1, *(1,) * len(train.grid))
-    flat = np.array([_relative(np.broadcast_to(mean, e.x.shape)[None], np.asarray(e.y)[None], e.mask) for e in told])
-    yardsticks = {"the same again": float(persistence.mean()), "mean of training": float(flat.mean())}
+
+    def score(guess: Callable[[int, Example], Any]) -> float:
+        found = []
+        for index, example in enumerate(told):
+            y = np.asarray(example.y)
+            mask = None if example.mask is None else example.mask[: y.shape[1]]
+            found.append(_relative(np.broadcast_to(guess(index, example), y.shape)[None], y[None], mask))
+        return float(np.mean(found))
+
+    yardsticks = {"the same again": score(lambda _, e: e.x[:, : np.asarray(e.y).shape[1]])}
+    if ahead is not None:
+        yardsticks["the last frame again"] = score(lambda _, e: e.x[:, -1:])
+    if frames > 1 and len(train.values) >= frames:
+        # The mean of all frames of training that lie a whole number of ``frames`` away: of 12 months, of that month.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # points without any value stay NaN, and count nowhere
+            phases = np.stack([np.nanmean(train.values[k::frames], 0) for k in range(frames)], 1)
+
+        def phase(index: int, example: Example) -> Any:
+            steps = np.asarray(example.y).shape[1]
+            return phases[:, [(test.start + index + k) % frames for k in range(steps)]]
+
+        yardsticks[f"mean of training, every {frames}th frame"] = score(phase)
+    yardsticks["mean of training"] = score(lambda _, e: mean)
     channels = len(arrays)
     return VisionData(
         task="operator", train=train, tests={size_in_words(test.grid): test}, channels=channels, outputs=channels,
-        residual=True, yardsticks=yardsticks, **statistics, **about,
+        residual=True, ahead=ahead, yardsticks=yardsticks, **statistics, **about,
     )  # fmt: skip
 
 
 def _open_field(name: str, raw: Any, path: Path, size: tuple[int, int] | None, about: dict[str, Any]) -> VisionData:
-    values = np.asarray(raw, dtype=np.float32)
-    height, width = values.shape
+    """Crops of a field `[H, W]`, or of the frames of a series `[T, H, W]`."""
+    with np.errstate(over="ignore"):
+        values = np.asarray(raw, dtype=np.float32)
+    values = values if values.ndim == 3 else values[None]
+    height, width = values.shape[1:]
     border = width - max(1, width // _HELD_OUT)
     most = (height, min(border, width - border))
     grid = (min(_CROP, most[0]), min(_CROP, most[1])) if size is None else size
     if grid[0] > most[0] or grid[1] > most[1] or min(grid) < 1:
         raise ValueError(f"crops of {size_in_words(grid)} do not fit: {name} leaves {size_in_words(most)} to test on")
-    left, right = values[:, :border], values[:, border:]
+    left, right = values[:, :, :border], values[:, :, border:]
     known = left[np.isfinite(left)]
     if known.size == 0:
         raise ValueError(f"{path}: {name} has no finite value to train on")
@@ -339,7 +414,7 @@ def _open_field(name: str, raw: Any, path: Path, size: tuple[int, int] | None, a
     flat = [_relative(e.x[None, :1], np.asarray(e.y)[None], e.mask) for e in told]
     return VisionData(
         task="operator", train=train, tests={size_in_words(grid): test}, channels=2, outputs=1,
-        mean=(mean, 0.0), std=(std, 1.0), target_mean=(mean,), target_std=(std,),
+        mean=(mean, 0.0), std=(std, 1.0), target_mean=(mean,), target_std=(std,), residual=True,
         yardsticks={"mean in the holes": float(np.mean(flat))}, **about,
     )  # fmt: skip
 

@@ -5,7 +5,8 @@
     >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="farfield")
 
 "farfield" is fma with mean summaries, which needs no new parameters; "farfield:<recipe>" is another recipe;
-:func:`configure` sets options, and adds parameters where a recipe has some.
+:func:`configure` sets options, and adds parameters where a recipe has some; with `dims=2` it works over the patches of
+a vision transformer. Farfield's own vision models are there for `AutoBackbone` and `AutoModelForImageClassification`.
 """
 
 try:
@@ -20,8 +21,21 @@ if int(_transformers.__version__.partition(".")[0]) < 5:
         f"{_transformers.__version__}: pip install 'transformers>=5'"
     )
 
+from farfield.interop.transformers.backbone import (
+    FarfieldBackbone,
+    FarfieldForImageClassification,
+    FarfieldVisionConfig,
+)
 from farfield.interop.transformers.loading import configure, load
 from farfield.interop.transformers.registering import register
 from farfield.interop.transformers.streams import StreamCache
 
-__all__ = ["StreamCache", "configure", "load", "register"]
+__all__ = [
+    "FarfieldBackbone",
+    "FarfieldForImageClassification",
+    "FarfieldVisionConfig",
+    "StreamCache",
+    "configure",
+    "load",
+    "register",
+]

@@ -15,6 +15,7 @@ from farfield.interop.transformers.cached import dense_rows, last_rows
 from farfield.interop.transformers.masks import Columns, read
 from farfield.interop.transformers.padding import aligned
 from farfield.interop.transformers.streams import stream_of
+from farfield.interop.transformers.vision import GridCore
 from farfield.near import Dense, Window
 from farfield.parts import Inputs
 
@@ -69,6 +70,12 @@ def attention_function(recipe: str | None) -> Attend:
             ValueError: for what cannot be honoured, with the reason.
         """
         _refuse(kwargs)
+        scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+        on_grid = getattr(module, cores.NAME, None)
+        if isinstance(on_grid, GridCore):
+            refused = {"attention_mask": attention_mask, "position_bias": position_bias, "is_causal": is_causal,
+                       "cu_seq_lens_q": cu_seq_lens_q, "sliding_window": sliding_window}  # fmt: skip
+            return on_grid.attend(query, key, value, scale, dropout, refused), None
         config = getattr(module, "config", None)
         causal = _causal(module, config, is_causal)
         stream = stream_of(key)
@@ -88,7 +95,7 @@ def attention_function(recipe: str | None) -> Attend:
             grid=(key.shape[2],),
             causal=causal,
             key_mask=columns.key_mask,
-            scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
+            scale=scale,
             dropout=dropout,
         )
         if stream is not None:

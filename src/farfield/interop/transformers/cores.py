@@ -58,11 +58,17 @@ def setting_of(config: Any, recipe: str | None) -> tuple[str, dict[str, Any]]:
         recipe: from "farfield:<recipe>"; None for plain "farfield".
 
     Raises:
-        ValueError: when the config has options for another recipe.
+        ValueError: when the config has options for another recipe, or for a grid of patches.
     """
     saved = getattr(config, NAME, None)
     if saved is None:
         return recipe or "fma", {}
+    if saved.get("dims", 1) != 1:
+        raise ValueError(
+            f"the model's config was made for a grid of patches ({saved}), and the attention interface does not say "
+            "where patches lie: read the model with farfield.interop.transformers.load, or call configure(model, ..., "
+            "dims=2) again"
+        )
     if recipe is not None and recipe != saved["recipe"]:
         raise ValueError(
             f"attn_implementation='farfield:{recipe}', but the model's config was made for {saved['recipe']!r} with "

@@ -17,12 +17,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.registering import register
+from farfield.interop.transformers.vision import GridCore, grid_cores, grid_options
 from farfield.parts import LayerSpec
 
 __all__ = ["configure", "load"]
 
 
-def configure(model: Any, recipe: str = "fma", **options: Any) -> Any:
+def configure(model: Any, recipe: str = "fma", *, dims: int = 1, prefix: int | None = None, **options: Any) -> Any:
     """Gives every attention layer of a model this recipe, with these options.
 
     The choice is written to `model.config.farfield`, so that `save_pretrained` keeps it. Where the recipe has
@@ -34,8 +35,12 @@ def configure(model: Any, recipe: str = "fma", **options: Any) -> Any:
         model: a Transformers model.
         recipe: a name of `farfield.recipes`, or "converted" for settings by layer and head: options `block`, `sinks`
             and `layers`, as :mod:`farfield.interop.transformers.layers` has them and a conversion chooses them.
+        dims: 1, a sequence; or 2 for a vision transformer: the recipe works over its grid of patches, whatever the size
+            of the image, and class and register tokens stay exact.
+        prefix: with `dims=2`, tokens before the patches, where the kind of model is not known here.
         **options: of the recipe (`farfield.recipes.options(recipe)`); for "fma" the defaults here are
-            `summary="mean", bias=None, sinks=16`, which need no parameters.
+            `summary="mean", bias=None, sinks=16`, which need no parameters, and with `dims=2` blocks of 8 by 8 with
+            2 by 2 summaries, without sinks.
 
     Returns:
         The model itself, changed.
@@ -44,19 +49,30 @@ def configure(model: Any, recipe: str = "fma", **options: Any) -> Any:
         ValueError: for a recipe that cannot work in this model, with the reason; the model is as it was.
         TypeError: for an option that the recipe does not have.
     """
+    if dims not in (1, 2) or (prefix is not None and dims != 2):
+        raise ValueError(f"dims={dims}, prefix={prefix}: dims=1, or dims=2 with or without a prefix, would be accepted")
     register()
     layers = cores.attention_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer that uses Transformers' attention interface")
     given = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
-    everything = cores.options_of(recipe, given)
-    saved = {"recipe": recipe, "options": {k: list(v) if isinstance(v, tuple) else v for k, v in everything.items()}}
-    built = {name: _core(layer, recipe, everything) for name, layer in layers.items() if not _sliding(layer)}
+    everything = cores.options_of(recipe, given) if dims == 1 else grid_options(recipe, given)
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in everything.items()}
+    saved: dict[str, Any] = {"recipe": recipe, "options": kept}
+    built: dict[str, nn.Module]
+    if dims == 1:
+        built = {name: _core(layer, recipe, everything) for name, layer in layers.items() if not _sliding(layer)}
+    else:
+        saved |= {"dims": dims, "prefix": prefix}
+        built = {**grid_cores(model, layers, recipe, everything, prefix)}
     for layer in layers.values():
-        if hasattr(layer, cores.NAME):
+        old = getattr(layer, cores.NAME, None)
+        if old is not None:
+            if isinstance(old, GridCore):
+                old.forget()
             delattr(layer, cores.NAME)
     for name, core in built.items():
-        if cores.has_parameters(core):
+        if cores.has_parameters(core) or dims == 2:
             weight = next(layers[name].parameters())
             # The weights of a quantised layer may be integers.
             dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
@@ -99,7 +115,8 @@ def load(path: str | Path, model_class: Any = AutoModelForCausalLM, **arguments:
     unknown = sorted(set(wrong.pop("unexpected_keys", [])) - set(weights))
     if wrong or unknown:
         raise ValueError(f"the weights in {folder} do not fit the model: {wrong}, unexpected {unknown}")
-    configure(model, saved["recipe"], **saved["options"])
+    where = {name: saved[name] for name in ("dims", "prefix") if name in saved}
+    configure(model, saved["recipe"], **where, **saved["options"])
     places = {name for name in model.state_dict() if _is_ours(name)}
     if places != set(weights):
         raise ValueError(

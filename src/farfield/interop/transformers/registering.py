@@ -6,6 +6,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from farfield import recipes
 from farfield.interop.transformers.attention import attention_function
+from farfield.interop.transformers.backbone import register_vision
 from farfield.interop.transformers.masks import mask
 
 __all__ = ["register"]
@@ -13,6 +14,8 @@ __all__ = ["register"]
 
 def register() -> tuple[str, ...]:
     """Makes `attn_implementation="farfield"` and "farfield:<recipe>" work for every model; any number of times.
+
+    The Auto classes learn farfield's own vision models, too.
 
     Returns:
         The names.
@@ -23,4 +26,5 @@ def register() -> tuple[str, ...]:
         if name not in known:
             AttentionInterface.register(name, attention_function(name.partition(":")[2] or None))
             AttentionMaskInterface.register(name, mask)
+    register_vision()
     return names

@@ -18,7 +18,7 @@ from farfield import recipes
 from farfield.models.seeding import seeded
 from farfield.models.vision.config import VisionConfig
 
-__all__ = ["Backbone", "Features"]
+__all__ = ["Backbone", "Features", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -302,6 +302,22 @@ class _Table(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + resized(self.table, tuple(x.shape[2:]))
+
+
+def sampled(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """`[B, C, *grid]` at the points of another grid, linearly; point k of n lies at k/n of its axis.
+
+    So every second point of a finer grid is a point of the coarse one, as fields that are thinned out have it. Behind
+    the last point the value stays what it is there. Cost: B C N times the side of the input per axis, a small matrix.
+    """
+    for axis, n in enumerate(grid, 2):
+        have = x.shape[axis]
+        if have == n:
+            continue
+        place = (torch.arange(n, dtype=x.dtype, device=x.device) * (have / n)).clamp(max=have - 1)
+        weights = 1 - (place[:, None] - torch.arange(have, dtype=x.dtype, device=x.device)).abs()
+        x = (x.movedim(axis, -1) @ weights.clamp(min=0).T).movedim(-1, axis)
+    return x
 
 
 def resized(x: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -46,7 +46,10 @@ class VisionConfig:
         decoder: Channels of the pyramid decoder of "segment" and "operator".
         mean, std: Subtracted from and divided by every channel of the input; one number per channel, or none for 0, 1.
         target_mean, target_std: The same of the targets of an operator, whose outputs are scaled back.
-        residual: An operator's outputs are changes of its inputs, which have as many channels.
+        residual: An operator's outputs are changes of its first input channels, of as many as there are outputs.
+        ahead: An operator answers at the leading ``ahead`` steps of the first of three axes alone; None for all.
+        latent: Grid on which the backbone of an operator works, per axis or the same on all, whatever the input's: it
+            is sampled there, and the features are interpolated back to every point of the input. None: the input's own.
         ignore: A label that stands for none: such pixels or images count in no loss.
     """
 
@@ -71,11 +74,14 @@ class VisionConfig:
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
     residual: bool = False
+    ahead: int | None = None
+    latent: int | tuple[int, ...] | None = None
     ignore: int = -1
 
     def __post_init__(self) -> None:
         """Check every setting, so that a wrong one is reported by its own name."""
-        for name in ("options", "attention", "widths", "depths", "patch", "downsample", "table", *_STATISTICS):
+        sides = ("patch", "downsample", "table", "latent")
+        for name in ("options", "attention", "widths", "depths", *sides, *_STATISTICS):
             object.__setattr__(self, name, tuples(getattr(self, name)))
         for name in ("channels", "outputs", "head_dim", "decoder"):
             _positive(name, getattr(self, name))
@@ -106,11 +112,22 @@ class VisionConfig:
                 raise ValueError(f"{name} needs one number for each of {count} channels, got {len(given)}")
             if name.endswith("std") and any(not value > 0 for value in given):
                 raise ValueError(f"{name} must be positive, got {given}")
-        if self.residual and (self.task != "operator" or self.channels != self.outputs):
+        if self.residual and (self.task != "operator" or self.channels < self.outputs):
             raise ValueError(
-                f"residual=True adds the input to the output of an operator: task is {self.task!r}, channels "
-                f"{self.channels} and outputs {self.outputs} must be equal"
+                f"residual=True adds the first input channels to the outputs of an operator: task is {self.task!r}, "
+                f"and channels {self.channels} must be at least outputs {self.outputs}"
             )
+        if self.ahead is not None:
+            _positive("ahead", self.ahead)
+            if self.task != "operator" or self.dims != 3:
+                raise ValueError(
+                    f"ahead={self.ahead} is for an operator with dims=3, not {self.task!r} in {self.dims}-D"
+                )
+        if self.latent is not None:
+            for side in per_axis(self.latent, self.dims, "latent"):
+                _positive("latent", side)
+            if self.task != "operator":
+                raise ValueError(f"latent={self.latent} is for task 'operator', got task {self.task!r}")
         self._check_attention()
 
     def _check_attention(self) -> None:
@@ -148,6 +165,11 @@ class VisionConfig:
     def tables(self) -> tuple[int, ...]:
         """Side of the learned table, per axis."""
         return per_axis(self.table, self.dims, "table")
+
+    @property
+    def latents(self) -> tuple[int, ...] | None:
+        """Grid of the backbone, per axis; None for the input's."""
+        return None if self.latent is None else per_axis(self.latent, self.dims, "latent")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionConfig:

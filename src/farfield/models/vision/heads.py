@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farfield.models.vision.backbone import Features, Norm, convolution, hide, resized
+from farfield.models.vision.backbone import Features, Norm, convolution, hide, resized, sampled
 from farfield.models.vision.config import VisionConfig
 
 __all__ = ["Classifier", "Decoder", "Operator", "Segmenter"]
@@ -83,6 +83,7 @@ class Operator(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.decoder = Decoder(config)
+        self.interpolated = resized if config.latent is None else sampled
         self.up = nn.Linear(config.decoder + config.channels, 2 * config.decoder)
         self.out = nn.Linear(2 * config.decoder, config.outputs)
         nn.init.normal_(self.out.weight, std=0.002)
@@ -90,7 +91,7 @@ class Operator(nn.Module):
 
     def forward(self, features: list[Features], x: Tensor) -> Tensor:
         """`[B, outputs, *grid of x]`, in units of the targets' standard deviation."""
-        decoded = resized(self.decoder(features), tuple(x.shape[2:]))
+        decoded = self.interpolated(self.decoder(features), tuple(x.shape[2:]))
         joined = torch.cat((decoded, x), 1).movedim(1, -1)
         out: Tensor = self.out(F.silu(self.up(joined)))
         return out.movedim(-1, 1)

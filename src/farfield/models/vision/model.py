@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield.models.seeding import seeded
-from farfield.models.vision.backbone import Backbone, hide
+from farfield.models.vision.backbone import Backbone, Features, hide, sampled
 from farfield.models.vision.config import VisionConfig
 from farfield.models.vision.heads import Classifier, Operator, Segmenter
 
@@ -28,7 +28,8 @@ class Examples(NamedTuple):
 
     Attributes:
         x: `[B, channels, *grid]`.
-        y: what to predict: int64 `[B]` (classify), int64 `[B, *grid]` (segment), `[B, outputs, *grid]` (operator).
+        y: what to predict: int64 `[B]` (classify), int64 `[B, *grid]` (segment), `[B, outputs, *grid]` (operator; of
+            one with ``ahead`` the first axis of the grid has that many steps).
         mask: bool `[B, *grid]`, True = the pixel counts; None when all do.
     """
 
@@ -77,13 +78,25 @@ class VisionModel(nn.Module):
             Logits `[B, classes]` (classify) or `[B, classes, *grid]` (segment), or `[B, outputs, *grid]` in the units
             of the targets (operator).
         """
-        features = self.backbone(x, mask)
+        features = self._features(x, mask)
         out: Tensor = self.head(features, self.backbone.normalised(x, mask))
         if self.config.task != "operator":
             return out
         shape = (-1, *(1,) * self.config.dims)
-        base = hide(x, mask) if self.config.residual else self.target_mean.view(shape)
+        base = hide(x, mask)[:, : self.config.outputs] if self.config.residual else self.target_mean.view(shape)
+        if self.config.ahead is not None:
+            out, base = out[:, :, : self.config.ahead], base[:, :, : self.config.ahead]
         return out * self.target_std.view(shape) + base
+
+    def _features(self, x: Tensor, mask: Tensor | None) -> list[Features]:
+        grid = self.config.latents
+        if grid is None or grid == tuple(x.shape[2:]):
+            return self.backbone(x, mask)
+        if mask is None:
+            return self.backbone(sampled(x, grid), None)
+        # A point counts where all points count that it is interpolated between.
+        known = sampled(mask[:, None].to(x.dtype), grid)[:, 0] > 1 - 1e-4
+        return self.backbone(sampled(hide(x, mask), grid), known)
 
     def loss(self, batch: Examples) -> Tensor:
         """The loss of a batch: cross-entropy in nats, or the mean relative L2 error of an operator's outputs."""
@@ -107,7 +120,8 @@ def relative_errors(predicted: Tensor, target: Tensor, mask: Tensor | None = Non
 
     Args:
         predicted, target: `[B, C, *grid]`. Targets may hold anything, NaN included, where the mask is False.
-        mask: bool `[B, *grid]`; None when every point counts.
+        mask: bool `[B, *grid]`; None when every point counts. Where it has more steps on the first axis than the
+            target, the leading ones are taken.
 
     Returns:
         `[B]`. A channel whose target is zero everywhere gives the norm of the prediction itself.
@@ -119,7 +133,7 @@ def relative_errors(predicted: Tensor, target: Tensor, mask: Tensor | None = Non
         raise ValueError(f"predicted and target differ in shape: {tuple(predicted.shape)} and {tuple(target.shape)}")
     difference = predicted - target
     if mask is not None:
-        hidden = ~mask[:, None]
+        hidden = ~mask[:, None, : target.shape[2]]
         difference, target = difference.masked_fill(hidden, 0.0), target.masked_fill(hidden, 0.0)
     size = target.flatten(2).norm(dim=2)
     tiny = math.sqrt(torch.finfo(size.dtype).tiny)
