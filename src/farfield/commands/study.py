@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 import tomllib
@@ -45,12 +46,25 @@ def study_command(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each run.")] = None,
     budget: Annotated[
-        float | None, typer.Option(parser=duration_option, metavar="TIME", help="Or training time of each run.")
+        float | None,
+        typer.Option(
+            parser=duration_option,
+            metavar="TIME",
+            help="Or training time of each run, as steps at a pace that is measured first, all variants in turn.",
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Or bytes that each run reads.")] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Width of the model. [default: 128]")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Layers. [default: 4]")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads. [default: 4]")] = None,
+    ramp: Annotated[
+        str | None,
+        typer.Option(metavar="NxB:STEPS,...", help="Before the budget, such as 512x2:600: steps on shorter windows."),
+    ] = None,
+    shift: Annotated[
+        bool | None,
+        typer.Option("--shift/--no-shift", help="Every position also reads the token before it. [default: no-shift]"),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     eval_tokens: Annotated[int | None, typer.Option(min=1, help="Held-out bytes to read. [default: 98304]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
@@ -77,11 +91,13 @@ def study_command(
         torch.set_num_threads(threads)
     numbers = {"contexts": contexts, "batches": batches, "seeds": seeds}
     given: dict[str, Any] = {name: _numbers(text, name) for name, text in numbers.items() if text is not None}
+    if ramp is not None:
+        given["ramp"] = _ramp(ramp)
     given |= {
         name: value
         for name, value in {
             "variants": variant, "task": task, "dim": dim, "depth": depth, "heads": heads, "lr": lr,
-            "eval_tokens": eval_tokens, "device": device,
+            "shift": shift, "eval_tokens": eval_tokens, "device": device,
         }.items()
         if value is not None
     }  # fmt: skip
@@ -99,7 +115,11 @@ def study_command(
     words = ["farfield", "study", *(paths or []), *(["--config", str(config)] if config is not None else [])]
     for name, value in (given | asked).items():
         flag = "--budget" if name == "seconds" else "--variant" if name == "variants" else f"--{name.replace('_', '-')}"
-        if name == "variants":
+        if name == "ramp":
+            words += ["--ramp", str(ramp)]
+        elif name == "shift":
+            words += ["--shift" if value else "--no-shift"]
+        elif name == "variants":
             words += [word for text in value for word in (flag, text)]
         else:
             words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
@@ -123,6 +143,16 @@ def _numbers(text: str, name: str) -> list[int]:
         return [int(piece) for piece in text.split(",")]
     except ValueError:
         raise ValueError(f"--{name} {text!r}: whole numbers between commas would be accepted") from None
+
+
+def _ramp(text: str) -> list[list[int]]:
+    try:
+        stages = [re.fullmatch(r"(\d+)x(\d+):(\d+)", piece).groups() for piece in text.split(",")]  # type: ignore[union-attr]
+    except AttributeError:
+        raise ValueError(
+            f"--ramp {text!r}: CONTEXTxBATCH:STEPS between commas, such as 256x4:300,1024x1:100, would be accepted"
+        ) from None
+    return [[int(number) for number in stage] for stage in stages]
 
 
 def _plan(config: Path | None, given: dict[str, Any], budgets: dict[str, Any]) -> Study:
