@@ -210,9 +210,21 @@ def test_a_ramp_comes_before_the_budget_and_is_not_counted(corpus: Corpus, tmp_p
     trainer = plan.trainer(plan.cells[0], 0, corpus.split(64).train)
     assert [list(trainer.batch(step).shape) for step in range(1, 10)] == [[3, 17]] * 4 + [[1, 33]] * 2 + [[1, 65]] * 3
     assert torch.equal(trainer.batch(7), plan.batches_of(plan.cells[0], corpus.split(64).train, 0).batch(1))
-    # 60 % of two steps out of eight.
-    assert trainer.config.steps == 8 and trainer.config.cooldown == pytest.approx(0.15)
-    run = study(plan, corpus, tmp_path).runs[0]
+    # 60 % of two steps out of eight, 5 % of six.
+    rates = trainer.config
+    assert (rates.steps, rates.cooldown, rates.warmup) == (8, pytest.approx(0.15), pytest.approx(0.0375))
+    first = study(plan, corpus, tmp_path)
+    run = first.runs[0]
+    assert len(list((tmp_path / "ramps").iterdir())) == 2
+    # Another study goes on from the same ramps, with the same numbers as if it had taken them.
+    longer = small("dense", FMA, ramp=[[16, 3, 4], [32, 1, 2]], contexts=[128], steps=3)
+    kept = study(longer, corpus, tmp_path / "kept", ramps=tmp_path / "ramps").runs
+    taken = study(longer, corpus, tmp_path / "taken").runs
+    assert not (tmp_path / "kept" / "ramps").exists() and len(list((tmp_path / "ramps").iterdir())) == 2
+    assert [run.bits for run in kept] == pytest.approx([run.bits for run in taken], rel=1e-6)
+    next((tmp_path / "ramps").iterdir()).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is not the state after a ramp"):
+        study(longer, corpus, tmp_path / "damaged", ramps=tmp_path / "ramps")
     assert (run.steps, run.tokens, run.curve[-1][0]) == (2, 128, 8) and 0 < run.seconds < run.curve[-1][1]
     assert run.bits != study(small("dense"), corpus, tmp_path / "without").runs[0].bits
     for ramp, message in (([[16, 3]], "a stage of a ramp is"), ([[16, 0, 2]], "each at least 1"), (16, "a list of")):

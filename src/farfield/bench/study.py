@@ -25,12 +25,13 @@ from farfield.bench.compare import LEAST_WINDOWS, MOST_WINDOWS, RunResult, descr
 from farfield.bench.machine import describe_machine
 from farfield.bench.memory import PeakMemory
 from farfield.bench.pace import TURNS, Pace, keep_paces, kept_paces, measure_paces, paced_steps
+from farfield.bench.ramps import ramp_file, take_ramp
 from farfield.bench.runs import Failure, Stopped, Watcher, make_runs, mixed_machines, read_json, run_file, thin
 from farfield.bench.variants import Variant, parse_variant
 from farfield.data.text import Corpus, Split
 from farfield.models.language import LanguageConfig, LanguageModel
 from farfield.training.evaluate import evaluate
-from farfield.training.loop import Batches, TextWindows, TrainConfig, Trainer
+from farfield.training.loop import Batches, Progress, TextWindows, TrainConfig, Trainer
 from farfield.training.masked import MASK, MaskedModel, MaskedWindows, evaluate_masked
 from farfield.training.ramp import RampedBatches
 
@@ -71,6 +72,7 @@ class Study:
             fit, at least one, ``seconds`` as many as fit at the pace that is measured beforehand, see
             `farfield.bench.pace`.
         lr: peak learning rate.
+        embedding_lr: that of embeddings over ``lr``.
         dim, depth, heads: of the model.
         ramp: (context, batch, steps) of every run before its budget begins, such as ``((512, 2, 600),)``: what can be
             learned from short windows costs less there. Equal for all variants, and in none of the counts of a run.
@@ -89,6 +91,7 @@ class Study:
     seconds: float | None = None
     tokens: int | None = None
     lr: float = TrainConfig.lr
+    embedding_lr: float = TrainConfig.embedding_lr
     dim: int = 128
     depth: int = 4
     heads: int = 4
@@ -211,7 +214,15 @@ class Study:
             steps = max(1, self.tokens // (cell.batch * cell.context))
         elif seconds is not None and pace is not None:
             steps, seconds = paced_steps(seconds, pace), None
-        return TrainConfig(context=cell.context, batch=cell.batch, lr=self.lr, seed=seed, steps=steps, seconds=seconds)
+        return TrainConfig(
+            context=cell.context,
+            batch=cell.batch,
+            lr=self.lr,
+            embedding_lr=self.embedding_lr,
+            seed=seed,
+            steps=steps,
+            seconds=seconds,
+        )
 
     def trainer(
         self,
@@ -234,9 +245,14 @@ class Study:
                 for context, batch, taken in self.ramp
             ]
             batches = RampedBatches(stages, batches)
-            # The rate falls where the context is whole, as it would without a ramp.
+            # The rate rises in the ramp and falls where the context is whole, so that one ramp serves all budgets.
             whole = config.steps + self.ramp_steps
-            config = dataclasses.replace(config, steps=whole, cooldown=config.cooldown * config.steps / whole)
+            config = dataclasses.replace(
+                config,
+                steps=whole,
+                warmup=config.warmup * self.ramp_steps / whole,
+                cooldown=config.cooldown * config.steps / whole,
+            )
         return Trainer(self.build(cell, seed), batches, config)
 
     def build(self, cell: Cell, seed: int) -> LanguageModel:
@@ -279,7 +295,7 @@ class Study:
             "context": cell.context,
             "batch": cell.batch,
             "seed": seed,
-            **{name: getattr(self, name) for name in ("task", *_BUDGETS, "lr", "ramp", *_MODEL)},
+            **{name: getattr(self, name) for name in ("task", *_BUDGETS, "lr", "embedding_lr", "ramp", *_MODEL)},
             "eval_tokens": self.eval_tokens,
             "device": self.device,
             "text": fingerprint[:16],
@@ -289,6 +305,19 @@ class Study:
             if pace is not None:
                 asked["paced_steps"] = paced_steps(self.seconds, pace)
         return _as_json(asked)
+
+    def ramp_key(self, cell: Cell, seed: int, train: npt.NDArray[np.uint8], fingerprint: str) -> dict[str, Any]:
+        """The settings that decide the numbers after the ramp, as JSON gives them back."""
+        return _as_json(
+            {
+                "recipe": cell.variant.recipe,
+                "options": dict(cell.variant.options),
+                "seed": seed,
+                **{name: getattr(self, name) for name in ("task", "lr", "embedding_lr", "ramp", *_MODEL, "device")},
+                "threads": torch.get_num_threads(),
+                "text": [fingerprint, len(train)],
+            }
+        )
 
     def pace_key(self, cell: Cell, machine: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that decide how long a step of a cell takes, as JSON gives them back."""
@@ -376,6 +405,7 @@ def study(
     watcher: Watcher | None = None,
     should_stop: Callable[[], bool] | None = None,
     before_first_run: Callable[[], None] | None = None,
+    ramps: Path | None = None,
 ) -> StudyOutcome:
     """Trains what is not there yet.
 
@@ -387,6 +417,7 @@ def study(
         watcher: told what happens.
         should_stop: asked between steps and windows; true ends the study with what is finished.
         before_first_run: called once everything is checked, before anything is trained or written.
+        ramps: where states after the ramp are kept, which several studies may share; None for ``folder/ramps``.
 
     Raises:
         ValueError: for settings that cannot work, text that is too short, or a finished run with other settings;
@@ -428,7 +459,18 @@ def study(
         outcome,
         folder,
         one_run=lambda name, seed: _one_run(
-            plan, cells[name], seed, splits[cells[name].context], measured.get(name), key(name, seed), watcher, stop
+            plan,
+            cells[name],
+            seed,
+            splits[cells[name].context],
+            measured.get(name),
+            key(name, seed),
+            ramp_file(
+                ramps or folder / "ramps",
+                plan.ramp_key(cells[name], seed, splits[cells[name].context].train, corpus.fingerprint),
+            ),
+            watcher,
+            stop,
         ),
         warm_up=warm_up,
         run_format=RUN_FORMAT,
@@ -508,6 +550,7 @@ def _one_run(
     split: Split,
     pace: Pace | None,
     key: Mapping[str, Any],
+    ramp: Path,
     watcher: Watcher,
     stop: Callable[[], bool],
 ) -> StudyRun:
@@ -515,7 +558,15 @@ def _one_run(
         trainer = plan.trainer(cell, seed, split.train, pace=pace)
         model = trainer.model
         assert isinstance(model, LanguageModel)
-        history = trainer.run(on_progress=lambda p: watcher.on_step(p, trainer.fraction), should_stop=stop)
+
+        def run(enough: Callable[[], bool]) -> list[Progress]:
+            return trainer.run(
+                on_progress=lambda p: watcher.on_step(p, trainer.fraction), should_stop=lambda: stop() or enough()
+            )
+
+        if plan.ramp:
+            take_ramp(trainer, plan.ramp_steps, ramp, run)
+        history = run(lambda: False)
         if not trainer.done:
             raise Stopped
 

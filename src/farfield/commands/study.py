@@ -61,11 +61,18 @@ def study_command(
         str | None,
         typer.Option(metavar="NxB:STEPS,...", help="Before the budget, such as 512x2:600: steps on shorter windows."),
     ] = None,
+    ramps: Annotated[
+        Path | None,
+        typer.Option(help="Where states after the ramp are kept, for several studies. [default: DIR/ramps]"),
+    ] = None,
     shift: Annotated[
         bool | None,
         typer.Option("--shift/--no-shift", help="Every position also reads the token before it. [default: no-shift]"),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    embedding_lr: Annotated[
+        float | None, typer.Option(help="Rate of embeddings over that of the rest. [default: 1]")
+    ] = None,
     eval_tokens: Annotated[int | None, typer.Option(min=1, help="Held-out bytes to read. [default: 98304]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the processor. [default: torch's]")] = None,
@@ -97,6 +104,7 @@ def study_command(
         name: value
         for name, value in {
             "variants": variant, "task": task, "dim": dim, "depth": depth, "heads": heads, "lr": lr,
+            "embedding_lr": embedding_lr,
             "shift": shift, "eval_tokens": eval_tokens, "device": device,
         }.items()
         if value is not None
@@ -110,7 +118,7 @@ def study_command(
     screen = display(console, _told(plan))
     with Interruption() as stop, screen:
         outcome = study(
-            plan, corpus, folder, watcher=screen, should_stop=stop, before_first_run=lambda: probe(folder)
+            plan, corpus, folder, watcher=screen, should_stop=stop, before_first_run=lambda: probe(folder), ramps=ramps
         )  # fmt: skip
     words = ["farfield", "study", *(paths or []), *(["--config", str(config)] if config is not None else [])]
     for name, value in (given | asked).items():
@@ -123,6 +131,7 @@ def study_command(
             words += [word for text in value for word in (flag, text)]
         else:
             words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    words += ["--ramps", str(ramps)] if ramps is not None else []
     words += ["--threads", str(torch.get_num_threads()), "--out", str(folder)]
     print(markdown(rows_of(outcome.runs), plan.unit), end="")
     written = write(outcome, folder, shlex.join(words))
