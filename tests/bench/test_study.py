@@ -135,6 +135,9 @@ def test_tables_hold_means_and_ranges(corpus: Corpus, tmp_path: Path) -> None:
     assert rows[1].step_ms == pytest.approx(50) and rows[1].tokens_per_second == pytest.approx(2000)
     table = markdown(rows, "bits per byte")
     assert "| 64 | 1 | a | 2 | 3.5000 | 3.0000 to 4.0000 |" in table
+    in_turn = [dataclasses.replace(run, pace=0.016) for run in runs]
+    assert rows_of(in_turn)[1].pace_ms == pytest.approx(16) and rows[1].pace_ms is None
+    assert "| 10 | 50 | 2,000 |" in table and "| 10 | 16 | 4,000 |" in markdown(rows_of(in_turn), "bits per byte")
     by_context = study_figure(rows, "bits")
     assert by_context.axes[0].get_xlabel() == "context in bytes"
     by_batch = study_figure(rows_of([made("a", 64, b, 0, 3.0) for b in (1, 2)]), "bits")
@@ -162,8 +165,8 @@ def test_the_kept_studies_can_run(path: Path) -> None:
     plan.validate()
 
 
-def test_the_four_studies_are_there() -> None:
-    assert [path.stem for path in CONFIGS] == ["ablation", "batch", "masked", "recipes"]
+def test_the_kept_studies_are_there() -> None:
+    assert [path.stem for path in CONFIGS] == ["ablation", "batch", "masked", "recipes", "small"]
 
 
 def test_budgets_in_seconds_become_steps_at_a_measured_pace(corpus: Corpus, tmp_path: Path) -> None:

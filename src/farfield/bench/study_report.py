@@ -27,7 +27,8 @@ class Row:
         bits, low, high: mean and range over seeds.
         last: mean over the last octave of positions.
         steps: mean.
-        step_ms: milliseconds of a step, the median over runs.
+        step_ms: milliseconds of a step while training, the median over runs.
+        pace_ms: milliseconds of a step as measured in turn with the other variants; None where they were not.
         tokens_per_second: of training.
         peak_bytes: the largest; None where unmeasured.
         parameters: of the model.
@@ -46,6 +47,7 @@ class Row:
     tokens_per_second: float
     peak_bytes: int | None
     parameters: int
+    pace_ms: float | None = None
 
 
 def rows_of(runs: Sequence[StudyRun]) -> list[Row]:
@@ -73,22 +75,29 @@ def rows_of(runs: Sequence[StudyRun]) -> list[Row]:
                 tokens_per_second=sum(run.tokens for run in members) / seconds if seconds > 0 else 0.0,
                 peak_bytes=max(peaks) if peaks else None,
                 parameters=members[0].parameters,
+                pace_ms=None if members[0].pace is None else 1000 * members[0].pace,
             )
         )
     return sorted(rows, key=lambda row: (row.context, row.batch, row.bits))
 
 
 def markdown(rows: Sequence[Row], unit: str) -> str:
-    """The table. The last octave of positions is the second half of a context that is a power of two."""
+    """The table. The last octave of positions is the second half of a context that is a power of two.
+
+    Where the pace was measured, milliseconds per step are those, and tokens per second follow from them.
+    """
     heads = ["context", "batch", "variant", "seeds", unit, "range", "last octave"]
     heads += ["steps", "ms per step", "tokens/s", "peak MiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         spread = f"{row.low:.4f} to {row.high:.4f}" if row.seeds > 1 else ""
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
+        speed, step = row.tokens_per_second, row.step_ms
+        if row.pace_ms is not None:
+            speed, step = 1000 * row.batch * row.context / row.pace_ms, row.pace_ms
         lines.append(
             f"| {row.context:,} | {row.batch} | {row.label} | {row.seeds} | {row.bits:.4f} | {spread} | {row.last:.4f} "
-            f"| {row.steps:,.0f} | {row.step_ms:,.0f} | {row.tokens_per_second:,.0f} | {peak} |"
+            f"| {row.steps:,.0f} | {step:,.0f} | {speed:,.0f} | {peak} |"
         )
     return "\n".join(lines) + "\n"
 
