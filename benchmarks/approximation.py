@@ -26,6 +26,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,18 @@ def largest(count: int) -> Weights:
     return weights
 
 
+@lru_cache(maxsize=8)
+def decomposed(q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values of the weights; kept, because every rank begins with them."""
+    u, s, v = torch.linalg.svd(scores(q, k, causal).softmax(-1), full_matrices=False)
+    return u, s, v
+
+
 def best_rank(rank: int) -> Weights:
     """The nearest matrix of that rank to the true weights: an oracle."""
 
     def weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-        u, s, v = torch.linalg.svd(scores(q, k, causal).softmax(-1), full_matrices=False)
+        u, s, v = decomposed(q, k, causal)
         return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
 
     return weights
@@ -202,7 +210,7 @@ def counted(block: int, rank: int, length: int, causal: bool, **opening: Any) ->
 
 def approximations(length: int, causal: bool) -> Iterator[Approximation]:
     """Everything that is compared."""
-    for block, rank in ((8, 4), (16, 2), (16, 4), (16, 8), (32, 4), (32, 8), (32, 16), (64, 8), (64, 16), (64, 32)):
+    for block, rank in ((8, 4), (16, 2), (16, 4), (16, 8), (32, 8), (32, 16), (64, 16), (64, 32)):
         keys = counted(block, rank, length, causal)
         yield Approximation("multipole (fma)", f"block {block}, rank {rank}", keys, multipole(block, rank))
     if causal:
@@ -327,7 +335,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a Llama model as GGUF")
     parser.add_argument("text", type=Path)
     parser.add_argument("--length", type=int, default=1024, help="tokens, a multiple of 512")
-    parser.add_argument("--layers", default="2,8,14,20,26")
+    parser.add_argument("--layers", default="4,14,24")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
