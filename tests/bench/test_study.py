@@ -11,8 +11,8 @@ import torch
 
 from farfield.bench.pace import TURNS
 from farfield.bench.runs import Watcher
-from farfield.bench.study import Study, StudyRun, study
-from farfield.bench.study_report import markdown, rows_of, study_figure, write
+from farfield.bench.study import Study, StudyRun, study, study_paces
+from farfield.bench.study_report import markdown, pace_table, rows_of, study_figure, write
 from farfield.data.text import Corpus, TextFile
 
 CONFIGS = sorted((Path(__file__).parents[2] / "benchmarks" / "study").glob("*.json"))
@@ -193,6 +193,8 @@ def test_budgets_in_seconds_become_steps_at_a_measured_pace(corpus: Corpus, tmp_
     assert [(run.attention, run.steps, run.bits) for run in again.runs] == [
         (run.attention, run.steps, run.bits) for run in first.runs
     ]
+    table = pace_table(plan, study_paces(plan, corpus, tmp_path) or {}).splitlines()
+    assert len(table) == 4 and table[2].startswith("| 64 | 1 | dense | ") and table[2].endswith(" | 1.00 |")
     with pytest.raises(ValueError, match=r"has the seconds per step of dense-n64-b1, fma-n64-b1, not of window-n64-b1"):
         study(small("dense", FMA, "window=window:size=8", **asked), corpus, tmp_path)
     with pytest.raises(ValueError, match=r"measured dense-n64-b1 with .*'dim': 8.* now asked for is .*'dim': 16"):

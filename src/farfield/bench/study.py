@@ -35,12 +35,24 @@ from farfield.training.loop import Batches, Progress, TextWindows, TrainConfig, 
 from farfield.training.masked import MASK, MaskedModel, MaskedWindows, evaluate_masked
 from farfield.training.ramp import RampedBatches
 
-__all__ = ["RUN_FORMAT", "STUDY_FORMAT", "TASKS", "Cell", "Study", "StudyOutcome", "StudyRun", "level_biases", "study"]
+__all__ = [
+    "RUN_FORMAT",
+    "STUDY_FORMAT",
+    "TASKS",
+    "Cell",
+    "Study",
+    "StudyOutcome",
+    "StudyRun",
+    "level_biases",
+    "study",
+    "study_paces",
+]
 
 RUN_FORMAT = "farfield-study-run/1"
 STUDY_FORMAT = "farfield-study/1"
 TASKS = ("next", "masked")
 """Predict the next byte, or hidden bytes from both sides."""
+PACE_FILE = "pace.json"
 _BUDGETS = ("steps", "seconds", "tokens")
 _MODEL = ("dim", "depth", "heads", "shift")
 
@@ -431,7 +443,7 @@ def study(
     cells = {cell.name: cell for cell in plan.cells}
 
     pace_keys = {name: plan.pace_key(cell, machine) for name, cell in cells.items()}
-    paces = kept_paces(folder / "pace.json", pace_keys) if plan.seconds is not None else {}
+    paces = kept_paces(folder / PACE_FILE, pace_keys) if plan.seconds is not None else {}
 
     def key(name: str, seed: int) -> dict[str, Any]:
         return plan.key(cells[name], seed, corpus.fingerprint, machine, (paces or {}).get(name))
@@ -441,11 +453,10 @@ def study(
     if before_first_run is not None:
         before_first_run()
     if paces is None:
-        paces = _paces(plan, {context: split.train for context, split in splits.items()}, watcher, stop)
+        paces = study_paces(plan, corpus, folder, watcher=watcher, should_stop=stop)
         if paces is None:
             outcome.interrupted = True
             return outcome
-        keep_paces(folder / "pace.json", paces, pace_keys)
     measured = paces
 
     def warm_up(name: str) -> None:
@@ -482,15 +493,38 @@ def study(
     return outcome
 
 
-def _paces(
-    plan: Study, train: Mapping[int, npt.NDArray[np.uint8]], watcher: Watcher, stop: Callable[[], bool]
+def study_paces(
+    plan: Study,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    watcher: Watcher | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Pace] | None:
-    """The pace of every cell, all variants of a context and batch in turn; None where it was stopped."""
-    paces: dict[str, Pace] = {}
+    """The seconds per step of every cell, all variants of a context and batch in turn.
+
+    Args:
+        plan, corpus, folder, watcher, should_stop: as in `study`.
+
+    Returns:
+        What ``folder/pace.json`` holds, or else holds now; None where it was stopped.
+
+    Raises:
+        ValueError: for settings that cannot work, text that is too short, or a file that misses a cell of the plan.
+        OSError: when the file cannot be written.
+    """
+    watcher, stop = watcher or Watcher(), should_stop or (lambda: False)
+    plan.validate()
+    machine = describe_machine(plan.device)
+    keys = {cell.name: plan.pace_key(cell, machine) for cell in plan.cells}
+    paces = kept_paces(folder / PACE_FILE, keys)
+    if paces is not None:
+        return paces
+    paces = {}
     for context, batch in dict.fromkeys((cell.context, cell.batch) for cell in plan.cells):
-        # partial binds the cell now; the loop would change it.
+        train = corpus.split(context).train
         trainers = {
-            cell.name: partial(plan.trainer, cell, plan.seeds[0], train[context], steps=TURNS + 1)
+            cell.name: partial(plan.trainer, cell, plan.seeds[0], train, steps=TURNS + 1)
             for cell in plan.cells
             if (cell.context, cell.batch) == (context, batch)
         }
@@ -499,6 +533,7 @@ def _paces(
         if found is None:
             return None
         paces |= found
+    keep_paces(folder / PACE_FILE, paces, keys)
     return paces
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farfield.bench.study import STUDY_FORMAT, StudyOutcome, StudyRun
+from farfield.bench.pace import Pace
+from farfield.bench.study import STUDY_FORMAT, Study, StudyOutcome, StudyRun
 from farfield.training.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Row", "markdown", "rows_of", "study_figure", "write"]
+__all__ = ["Row", "markdown", "pace_table", "rows_of", "study_figure", "write"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,20 @@ def markdown(rows: Sequence[Row], unit: str) -> str:
         lines.append(
             f"| {row.context:,} | {row.batch} | {row.label} | {row.seeds} | {row.bits:.4f} | {spread} | {row.last:.4f} "
             f"| {row.steps:,.0f} | {step:,.0f} | {speed:,.0f} | {peak} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def pace_table(plan: Study, paces: Mapping[str, Pace]) -> str:
+    """Milliseconds per step as measured in turn, and how many times the first variant's they are."""
+    lines = ["| context | batch | variant | ms per step | least | most | times the first |", "|---" * 7 + "|"]
+    first = {(cell.context, cell.batch): paces[cell.name].median for cell in reversed(plan.cells)}
+    for cell in plan.cells:
+        pace = paces[cell.name]
+        low, middle, high = (1000 * value for value in (min(pace.seconds), pace.median, max(pace.seconds)))
+        lines.append(
+            f"| {cell.context:,} | {cell.batch} | {cell.variant.label} | {middle:,.0f} | {low:,.0f} | {high:,.0f} "
+            f"| {pace.median / first[cell.context, cell.batch]:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

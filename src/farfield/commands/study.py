@@ -53,6 +53,9 @@ def study_command(
             help="Or training time of each run, as steps at a pace that is measured first, all variants in turn.",
         ),
     ] = None,
+    pace_only: Annotated[
+        bool, typer.Option("--pace-only", help="Measure the time of a step of every variant, in turn, and stop there.")
+    ] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Or bytes that each run reads.")] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Width of the model. [default: 128]")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Layers. [default: 4]")] = None,
@@ -82,15 +85,17 @@ def study_command(
 ) -> None:
     """Train one small language model for every variant, context, batch and seed, with equal steps, time or bytes.
 
-    Every finished run is kept in DIR/runs and not made again: the same command goes on where it was stopped. A run of
-    the same name with other settings is refused. Writes DIR/study.json, DIR/table.md and DIR/study.png.
+    Equal time is so many steps as fit into it at a pace that is measured beforehand, one step of every variant after
+    the other, and kept in DIR/pace.json. Every finished run is kept in DIR/runs and not made again: the same command
+    goes on where it was stopped. A run of the same name with other settings is refused. Writes DIR/study.json,
+    DIR/table.md and DIR/study.png.
     """
     import torch
     from rich.console import Console
     from rich.markup import escape
 
-    from farfield.bench.study import study
-    from farfield.bench.study_report import markdown, rows_of, write
+    from farfield.bench.study import study, study_paces
+    from farfield.bench.study_report import markdown, pace_table, rows_of, write
     from farfield.commands.display import display
     from farfield.data.text import collect
 
@@ -116,6 +121,14 @@ def study_command(
     folder = out if out is not None else Path("runs") / time.strftime("study-%Y%m%d-%H%M%S")
     console = Console(highlight=False)
     screen = display(console, _told(plan))
+    if pace_only:
+        probe(folder)
+        with Interruption() as stop, screen:
+            paces = study_paces(plan, corpus, folder, watcher=screen, should_stop=stop)
+        if paces is None:
+            raise typer.Exit(INTERRUPTED)
+        print(pace_table(plan, paces), end="")
+        return
     with Interruption() as stop, screen:
         outcome = study(
             plan, corpus, folder, watcher=screen, should_stop=stop, before_first_run=lambda: probe(folder), ramps=ramps
