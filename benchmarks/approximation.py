@@ -8,6 +8,9 @@ queries, median over heads), and the total variation between its row of weights 
 (mean over queries, median over heads; for approximations with negative weights half the sum of absolute differences,
 which can exceed 1).
 
+Pretrained models park the weight that they have no use for on the first token. So multipole attention, opened cells
+and windows see the first 4 tokens always (``--sinks``), in both forms; the others do by their nature.
+
 Keys per query are means over queries. A sliding window, multipole attention, opened cells (with what the choice
 scores) and segment means count what a query scores. Kernel features: m features cost a query as much as m keys. Rank
 r: two thin factors [N, r] and [r, N] cost a query as much as r keys; the best of all matrices of that rank is taken,
@@ -74,7 +77,7 @@ def through_identity(attend: Callable[[Tensor], Tensor], length: int, width: int
     return torch.cat([attend(one_hot[:, i : i + width]) for i in range(0, length, width)], -1)
 
 
-def multipole(block: int, rank: int, **opening: Any) -> Weights:
+def multipole(block: int, rank: int, sinks: int = 0, **opening: Any) -> Weights:
     """Mean cells with the count bias, and opened pages where asked for."""
 
     def weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
@@ -84,8 +87,9 @@ def multipole(block: int, rank: int, **opening: Any) -> Weights:
         def attend(values: Tensor) -> Tensor:
             v = values.expand(1, heads, length, values.shape[-1]).contiguous()
             out = function(
-                q[None], k[None], v, block=block, rank=rank, causal=causal, scale=1.0, summary="mean", **opening
-            )
+                q[None], k[None], v, block=block, rank=rank, causal=causal, scale=1.0, summary="mean", sinks=sinks,
+                **opening,
+            )  # fmt: skip
             assert isinstance(out, Tensor)
             return out[0]
 
@@ -94,15 +98,15 @@ def multipole(block: int, rank: int, **opening: Any) -> Weights:
     return weights
 
 
-def window(size: int) -> Weights:
-    """The last ``size`` tokens, or as many around the query."""
+def window(size: int, sinks: int = 0) -> Weights:
+    """The last ``size`` tokens, or as many around the query, and the first ones."""
 
     def weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
         s = scores(q, k, causal)
         index = torch.arange(s.shape[-1])
         back = index[:, None] - index
         near = back < size if causal else (back <= size // 2) & (back > size // 2 - size)
-        return s.masked_fill(~near, -math.inf).softmax(-1)
+        return s.masked_fill(~(near | (index < sinks)), -math.inf).softmax(-1)
 
     return weights
 
@@ -194,35 +198,35 @@ def performer(features: int) -> Weights:
     return weights
 
 
-def counted(block: int, rank: int, length: int, causal: bool, **opening: Any) -> float:
+def counted(block: int, rank: int, length: int, causal: bool, sinks: int = 0, **opening: Any) -> float:
     """Mean keys per query of multipole attention: scored tokens and cells, and the choice's share."""
     if causal:
-        pyramid = Pyramid(rank, summary="mean", **opening)
+        pyramid = Pyramid(rank, summary="mean", sinks=sinks, **opening)
         return float(keys_by_head(Parts(near=Blocks(block), far=pyramid), 1, length)[0])
     if opening:
         raise ValueError("the keys of opened cells are counted in the causal form")
     zeros = torch.zeros(1, 1, length, 8)
     _, lse = multipole_attention(
-        zeros, zeros, zeros, block=block, rank=rank, count_bias=False, summary="mean", return_lse=True
+        zeros, zeros, zeros, block=block, rank=rank, count_bias=False, summary="mean", sinks=sinks, return_lse=True
     )
     return float(lse.exp().mean())
 
 
-def approximations(length: int, causal: bool) -> Iterator[Approximation]:
+def approximations(length: int, causal: bool, sinks: int) -> Iterator[Approximation]:
     """Everything that is compared."""
     for block, rank in ((8, 4), (16, 2), (16, 4), (16, 8), (32, 8), (32, 16), (64, 16), (64, 32)):
-        keys = counted(block, rank, length, causal)
-        yield Approximation("multipole (fma)", f"block {block}, rank {rank}", keys, multipole(block, rank))
+        keys = counted(block, rank, length, causal, sinks)
+        yield Approximation("multipole (fma)", f"block {block}, rank {rank}", keys, multipole(block, rank, sinks))
     if causal:
         for block, cell, pages in ((16, 8, 8), (16, 8, 16), (32, 8, 16), (32, 8, 32), (64, 8, 48)):
-            opening = {"levels": 1, "open": pages, "page": 4, "beam": pages, "share": 4}
+            opening: dict[str, Any] = {"sinks": sinks, "levels": 1, "open": pages, "page": 4, "beam": pages, "share": 4}
             keys = counted(block, block // cell, length, causal, **opening)
             setting = f"block {block}, rank {block // cell}, {pages} pages of 4"
             yield Approximation("opened (fma+open)", setting, keys, multipole(block, block // cell, **opening))
     for count in (32, 64, 128, 256, 512):
         # The first rows of a causal matrix have fewer keys than the window, or than the choice.
         kept = count - count * (count - 1) / (2 * length) if causal else count
-        yield Approximation("window", f"{count}", kept, window(count))
+        yield Approximation("window", f"{count}", kept + sinks * (1 - count / length), window(count, sinks))
         yield Approximation("largest weights (oracle)", f"{count}", kept, largest(count))
         yield Approximation("best of its rank (oracle)", f"{count}", count, best_rank(count))
         yield Approximation("random features (Performer)", f"{count}", count, performer(count))
@@ -232,12 +236,12 @@ def approximations(length: int, causal: bool) -> Iterator[Approximation]:
             yield Approximation("Nystrom", f"{count}", 2 * count, nystrom(count))
 
 
-def measure(layers: dict[int, tuple[Tensor, Tensor, Tensor]], causal: bool) -> list[dict[str, Any]]:
+def measure(layers: dict[int, tuple[Tensor, Tensor, Tensor]], causal: bool, sinks: int) -> list[dict[str, Any]]:
     """Rows of the table: medians over the heads of all layers, and the quartiles."""
     length = next(iter(layers.values()))[0].shape[1]
     exact = {layer: scores(q, k, causal).softmax(-1) for layer, (q, k, _) in layers.items()}
     rows = []
-    for a in approximations(length, causal):
+    for a in approximations(length, causal, sinks):
         output, variation = [], []
         for layer, (q, k, v) in layers.items():
             true = exact[layer]
@@ -336,6 +340,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--length", type=int, default=1024, help="tokens, a multiple of 512")
     parser.add_argument("--layers", default="4,14,24")
+    parser.add_argument("--sinks", type=int, default=4, help="leading tokens that near fields always see")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -351,12 +356,17 @@ def main() -> None:
         raise SystemExit(f"{args.text} has too little text after its middle: {len(ids)} tokens, {args.length} needed")
     layers = activations(model, ids, [int(layer) for layer in args.layers.split(",")])
     with torch.no_grad():
-        rows = measure(layers, causal=True) + measure(layers, causal=False)
+        rows = [row for causal in (True, False) for row in measure(layers, causal, args.sinks)]
     print(table(rows))
     result = {
-        "length": args.length, "layers": sorted(layers), "heads": sum(len(q) for q, _, _ in layers.values()),
-        "model": args.model.name, "text": args.text.name, "rows": rows,
-    }  # fmt: skip
+        "length": args.length,
+        "sinks": args.sinks,
+        "layers": sorted(layers),
+        "heads": sum(len(q) for q, _, _ in layers.values()),
+        "model": args.model.name,
+        "text": args.text.name,
+        "rows": rows,
+    }
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")

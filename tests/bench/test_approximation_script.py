@@ -49,6 +49,7 @@ def test_with_all_keys_they_are_exact(script: ModuleType, qk: tuple[Tensor, Tens
         "rank": script.best_rank(LENGTH),
         "segments": script.linformer(LENGTH),
         "multipole": script.multipole(8, 8, levels=1),
+        "window and sinks": script.window(4, LENGTH),
         "opened": script.multipole(8, 4, levels=1, open=LENGTH, page=2),
     }
     if not causal:
@@ -63,7 +64,7 @@ def test_with_all_keys_they_are_exact(script: ModuleType, qk: tuple[Tensor, Tens
 def test_weights_add_up_to_one_and_look_back_only(script: ModuleType, qk: tuple[Tensor, Tensor], causal: bool) -> None:
     for weights in (
         script.window(9), script.largest(9), script.linformer(8), script.performer(24), script.multipole(8, 2),
-        script.multipole(8, 2, levels=1, open=3, page=2, share=4),
+        script.multipole(8, 2, levels=1, open=3, page=2, share=4), script.window(9, 3), script.multipole(8, 2, 3),
     ):  # fmt: skip
         found = weights(*qk, causal)
         assert torch.allclose(found.sum(-1), torch.ones(3, LENGTH), atol=1e-5) and found.min() >= 0
@@ -91,7 +92,7 @@ def test_keys_are_those_that_are_scored(script: ModuleType) -> None:
     # The weights say how many tokens a row reaches, the count with how many scores.
     assert 8 < script.counted(8, 2, LENGTH, True) < float(seen) == (LENGTH + 1) / 2
     for causal, most in ((True, 512), (False, 1024)):
-        assert all(0 < a.keys <= most for a in script.approximations(512, causal))
+        assert all(0 < a.keys <= most for a in script.approximations(512, causal, 4))
 
 
 def test_rows_table_and_picture(
@@ -103,9 +104,9 @@ def test_rows_table_and_picture(
         script.Approximation("window", "64", 32.5, script.window(64)),
         script.Approximation("multipole (fma)", "block 8, rank 2", 20.0, script.multipole(8, 2)),
     ]
-    monkeypatch.setattr(script, "approximations", lambda length, causal: few)
+    monkeypatch.setattr(script, "approximations", lambda length, causal, sinks: few)
     torch.manual_seed(0)
-    rows = script.measure({5: tuple(torch.randn(3, 4, LENGTH, 16))}, True)
+    rows = script.measure({5: tuple(torch.randn(3, 4, LENGTH, 16))}, True, 0)
     assert [row["output"] for row in rows][1] < 1e-6 < rows[0]["output"] and rows[0]["variation"] < 1
     assert rows[0]["output_low"] <= rows[0]["output"] <= rows[0]["output_high"]
     assert "window, 8: 8 keys" in capsys.readouterr().err
