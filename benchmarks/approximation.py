@@ -9,7 +9,8 @@ queries, median over heads), and the total variation between its row of weights 
 which can exceed 1).
 
 Pretrained models park the weight that they have no use for on the first token. So multipole attention, opened cells
-and windows see the first 4 tokens always (``--sinks``), in both forms; the others do by their nature.
+and windows see the first 4 tokens always (``--sinks``), in both forms. Low rank and features see every token; segment
+means and landmarks average the first token with its segment, as published.
 
 Keys per query are means over queries. A sliding window, multipole attention, opened cells (with what the choice
 scores) and segment means count what a query scores. Kernel features: m features cost a query as much as m keys. Rank
