@@ -50,6 +50,16 @@ class Row:
     parameters: int
     pace_ms: float | None = None
 
+    @property
+    def step(self) -> float:
+        """Milliseconds of a step: as measured in turn, where that was done."""
+        return self.step_ms if self.pace_ms is None else self.pace_ms
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of training, at that pace where it was measured."""
+        return self.tokens_per_second if self.pace_ms is None else 1000 * self.batch * self.context / self.pace_ms
+
 
 def rows_of(runs: Sequence[StudyRun]) -> list[Row]:
     """Cells by context and batch, the best variant first."""
@@ -93,12 +103,9 @@ def markdown(rows: Sequence[Row], unit: str) -> str:
     for row in rows:
         spread = f"{row.low:.4f} to {row.high:.4f}" if row.seeds > 1 else ""
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
-        speed, step = row.tokens_per_second, row.step_ms
-        if row.pace_ms is not None:
-            speed, step = 1000 * row.batch * row.context / row.pace_ms, row.pace_ms
         lines.append(
             f"| {row.context:,} | {row.batch} | {row.label} | {row.seeds} | {row.bits:.4f} | {spread} | {row.last:.4f} "
-            f"| {row.steps:,.0f} | {step:,.0f} | {speed:,.0f} | {peak} |"
+            f"| {row.steps:,.0f} | {row.step:,.0f} | {row.rate:,.0f} | {peak} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -139,7 +146,7 @@ def study_figure(rows: Sequence[Row], unit: str) -> Figure:
             for place, row in enumerate(best):
                 error = [[row.bits - row.low], [row.high - row.bits]]
                 left.errorbar(row.bits, place, xerr=error, color=style[row.label][0], marker=style[row.label][1])
-            right.barh(places, [row.step_ms for row in best], color=colours)
+            right.barh(places, [row.step for row in best], color=colours)
             low, high = min(row.low for row in best), max(row.high for row in best)
             left.set_xlim(max(0.0, low - 0.3 * max(high - low, 0.05)), high + 0.1 * max(high - low, 0.05))
             for axes, name in ((left, f"{unit} (lines: range over seeds)"), (right, "ms per step")):
@@ -161,7 +168,7 @@ def study_figure(rows: Sequence[Row], unit: str) -> Figure:
                 look: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": "white", "linewidth": 1.8}
                 errors = [[row.bits - row.low for row in line], [row.high - row.bits for row in line]]
                 left.errorbar(x, [row.bits for row in line], yerr=errors, **look)
-                right.plot(x, [row.tokens_per_second for row in line], **look)
+                right.plot(x, [row.rate for row in line], **look)
         left.set_ylabel(f"{unit} (lines: range over seeds)")
         right.set_ylabel("tokens per second of training")
         amount_axis(right)
