@@ -33,6 +33,12 @@ LAYERS: dict[str, dict[str, Any]] = {
     "fma 2 levels": {"near": near.Blocks(4), "far": far.Pyramid(2, levels=2, sinks=3, bias=-1.0)},
     "fma gate": {"near": near.Blocks(4), "far": far.Pyramid(2, summary="mean"), "merge": Gate(per="channel")},
     "fma opened": {"near": near.Blocks(4), "far": far.Pyramid(2, open=2, sinks=3, bias=-1.0)},
+    "fma opened, quiet": {
+        "near": near.Blocks(4), "far": far.Pyramid(2, open=2, sinks=3, bias=-1.0, open_bias=-2.0)
+    },
+    "fma opened, dropped, quiet": {
+        "near": near.Blocks(4), "far": far.Pyramid(2, open=2, rest="drop", bias=None, open_bias=-2.0)
+    },
     "fma opened, shared": {
         "near": near.Blocks(8),
         "far": far.Pyramid(2, levels=1, open=3, beam=2, page=2, share=4, rest="drop", choose="bounds", bias=None),

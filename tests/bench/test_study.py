@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from farfield.bench.pace import TURNS
 from farfield.bench.runs import Watcher
-from farfield.bench.study import Study, StudyRun, study
-from farfield.bench.study_report import markdown, rows_of, study_figure, write
+from farfield.bench.study import Study, StudyRun, study, study_paces
+from farfield.bench.study_report import markdown, pace_table, rows_of, study_figure, write
 from farfield.data.text import Corpus, TextFile
 
 CONFIGS = sorted((Path(__file__).parents[2] / "benchmarks" / "study").glob("*.json"))
@@ -133,6 +135,9 @@ def test_tables_hold_means_and_ranges(corpus: Corpus, tmp_path: Path) -> None:
     assert rows[1].step_ms == pytest.approx(50) and rows[1].tokens_per_second == pytest.approx(2000)
     table = markdown(rows, "bits per byte")
     assert "| 64 | 1 | a | 2 | 3.5000 | 3.0000 to 4.0000 |" in table
+    in_turn = [dataclasses.replace(run, pace=0.016) for run in runs]
+    assert rows_of(in_turn)[1].pace_ms == pytest.approx(16) and rows[1].pace_ms is None
+    assert "| 10 | 50 | 2,000 |" in table and "| 10 | 16 | 4,000 |" in markdown(rows_of(in_turn), "bits per byte")
     by_context = study_figure(rows, "bits")
     assert by_context.axes[0].get_xlabel() == "context in bytes"
     by_batch = study_figure(rows_of([made("a", 64, b, 0, 3.0) for b in (1, 2)]), "bits")
@@ -160,5 +165,73 @@ def test_the_kept_studies_can_run(path: Path) -> None:
     plan.validate()
 
 
-def test_the_four_studies_are_there() -> None:
-    assert [path.stem for path in CONFIGS] == ["ablation", "batch", "masked", "recipes"]
+def test_the_kept_studies_are_there() -> None:
+    assert [path.stem for path in CONFIGS] == ["ablation", "batch", "masked", "recipes", "small"]
+
+
+def test_budgets_in_seconds_become_steps_at_a_measured_pace(corpus: Corpus, tmp_path: Path) -> None:
+    asked = {"steps": None, "seconds": 0.2}
+    told: list[tuple[str, int, int]] = []
+
+    class Listener(Watcher):
+        def on_pace(self, place: str, done: int, total: int) -> None:
+            told.append((place, done, total))
+
+    plan = small("dense", FMA, seeds=[0, 1], **asked)
+    first = study(plan, corpus, tmp_path, watcher=Listener())
+    assert told == [("context 64, batch 1", turn, TURNS) for turn in range(1, TURNS + 1)]
+    kept = json.loads((tmp_path / "pace.json").read_text())["cells"]
+    for run in first.runs:
+        assert run.pace == kept[run.attention]["median"] and len(kept[run.attention]["seconds"]) == TURNS
+        assert run.steps == max(1, round(0.2 / run.pace)) == run.key["paced_steps"]
+    by_label = {label: {run.steps for run in first.runs if run.key["label"] == label} for label in ("dense", "fma")}
+    assert all(len(steps) == 1 for steps in by_label.values()), "every seed gets the steps of its variant"
+    # Measured once: what is made later gets its steps from the file, not from how busy the machine is then.
+    (tmp_path / "runs" / "fma-n64-b1-seed1.json").unlink()
+    again = study(plan, corpus, tmp_path, watcher=Listener())
+    assert len(told) == TURNS
+    assert [(run.attention, run.steps, run.bits) for run in again.runs] == [
+        (run.attention, run.steps, run.bits) for run in first.runs
+    ]
+    table = pace_table(plan, study_paces(plan, corpus, tmp_path) or {}).splitlines()
+    assert len(table) == 4 and table[2].startswith("| 64 | 1 | dense | ") and table[2].endswith(" | 1.00 |")
+    with pytest.raises(ValueError, match=r"has the seconds per step of dense-n64-b1, fma-n64-b1, not of window-n64-b1"):
+        study(small("dense", FMA, "window=window:size=8", **asked), corpus, tmp_path)
+    with pytest.raises(ValueError, match=r"measured dense-n64-b1 with .*'dim': 8.* now asked for is .*'dim': 16"):
+        study(small("dense", FMA, dim=16, **asked), corpus, tmp_path)
+
+
+def test_every_position_can_read_the_token_before(corpus: Corpus, tmp_path: Path) -> None:
+    runs = study(small(FMA, shift=True), corpus, tmp_path).runs
+    assert runs[0].key["shift"] is True
+    assert runs[0].parameters == study(small(FMA), corpus, tmp_path / "without").runs[0].parameters + 257 * 8
+    with pytest.raises(ValueError, match="shift must be true or false, got 2"):
+        small(shift=2)
+
+
+def test_a_ramp_comes_before_the_budget_and_is_not_counted(corpus: Corpus, tmp_path: Path) -> None:
+    plan = small("dense", FMA, ramp=[[16, 3, 4], [32, 1, 2]])
+    assert plan.ramp_steps == 6 and plan.budget_in_words == "2 steps each after 6 on shorter windows"
+    trainer = plan.trainer(plan.cells[0], 0, corpus.split(64).train)
+    assert [list(trainer.batch(step).shape) for step in range(1, 10)] == [[3, 17]] * 4 + [[1, 33]] * 2 + [[1, 65]] * 3
+    assert torch.equal(trainer.batch(7), plan.batches_of(plan.cells[0], corpus.split(64).train, 0).batch(1))
+    # 60 % of two steps out of eight, 5 % of six.
+    rates = trainer.config
+    assert (rates.steps, rates.cooldown, rates.warmup) == (8, pytest.approx(0.15), pytest.approx(0.0375))
+    first = study(plan, corpus, tmp_path)
+    run = first.runs[0]
+    assert len(list((tmp_path / "ramps").iterdir())) == 2
+    # Another study goes on from the same ramps, with the same numbers as if it had taken them.
+    longer = small("dense", FMA, ramp=[[16, 3, 4], [32, 1, 2]], contexts=[128], steps=3)
+    kept = study(longer, corpus, tmp_path / "kept", ramps=tmp_path / "ramps").runs
+    taken = study(longer, corpus, tmp_path / "taken").runs
+    assert not (tmp_path / "kept" / "ramps").exists() and len(list((tmp_path / "ramps").iterdir())) == 2
+    assert [run.bits for run in kept] == pytest.approx([run.bits for run in taken], rel=1e-6)
+    next((tmp_path / "ramps").iterdir()).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is not the state after a ramp"):
+        study(longer, corpus, tmp_path / "damaged", ramps=tmp_path / "ramps")
+    assert (run.steps, run.tokens, run.curve[-1][0]) == (2, 128, 8) and 0 < run.seconds < run.curve[-1][1]
+    assert run.bits != study(small("dense"), corpus, tmp_path / "without").runs[0].bits
+    for ramp, message in (([[16, 3]], "a stage of a ramp is"), ([[16, 0, 2]], "each at least 1"), (16, "a list of")):
+        with pytest.raises(ValueError, match=message):
+            small(ramp=ramp)

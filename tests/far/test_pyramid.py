@@ -50,6 +50,8 @@ def shaken(module: nn.Module) -> nn.Module:
         ({"summary": "learned"}, ["grid=None", "need the grid"]),
         ({"grid": (64,)}, ["'shared'", "(64,)", "work on any"]),
         ({"sinks": -1}, ["sinks=-1", ">= 0"]),
+        ({"open_bias": -8.0}, ["open=0", "open_bias=-8.0", "where pages are opened"]),
+        ({"open": 2, "open_bias": "quiet"}, ["open_bias='quiet'", "a number"]),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], words: list[str]) -> None:
@@ -132,6 +134,21 @@ def test_a_step_of_adam_moves_the_bias_ten_times_as_far() -> None:
     moved = (module.biases() + 8).abs()
     torch.testing.assert_close(moved[:3], torch.full_like(moved[:3], 0.1), rtol=1e-3, atol=0)
     assert (moved[4:] < 1e-6).all()  # levels that a length does not have
+
+
+def test_opened_tokens_can_start_quiet() -> None:
+    module = far(open=2, bias=None, rest="drop", open_bias=-40.0).build_fused(SPEC, ff.near.Blocks(4)).double()
+    given = inputs()
+    near = ff.near.Blocks(4).build(SPEC).double()(given)
+    state = module(given)
+    torch.testing.assert_close(state.out, near.out)
+    module = far(open=2, bias=None, open_bias=-4.0).build_fused(SPEC, ff.near.Blocks(4)).double()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    module(given).lse.sum().backward()
+    optimizer.step()
+    # The sum falls with the bias, which moves ten times as far as the rate.
+    torch.testing.assert_close(module.opened_bias(), torch.full_like(module.opened_bias(), -4.1), rtol=1e-4, atol=0)
+    assert far(open=2).build_fused(SPEC, ff.near.Blocks(4)).opened_bias() is None
 
 
 @pytest.mark.parametrize("summary", KINDS)

@@ -98,6 +98,8 @@ def test_groups_hold_what_differs_from_the_defaults() -> None:
     assert group_of([1, 2], far) == {"heads": [1, 2], "rank": 4, "levels": 1, "open": 3, "rest": "drop"}
     with pytest.raises(ValueError, match="summary='mean', bias=None"):
         group_of([1], Pyramid(4))
+    with pytest.raises(ValueError, match="open_bias=None and query_rank=None would be accepted"):
+        group_of([1], Pyramid(4, summary="mean", bias=None, open=3, open_bias=-8.0))
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,26 @@ def test_only_weights_of_linear_maps_decay() -> None:
     trainer.load_state_dict(trainer.state_dict())
 
 
+def test_embeddings_have_a_rate_of_their_own() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.embedding = nn.Linear(3, 3, bias=False), nn.Embedding(3, 3)
+
+        def loss(self, tokens: Tensor) -> Tensor:
+            return 1e-3 * (self.linear.weight.sum() + self.embedding.weight.sum())
+
+    model = Model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = TrainConfig(context=4, steps=1, lr=0.01, embedding_lr=5.0, warmup=0.0, cooldown=0.0, weight_decay=0.0)
+    Trainer(model, np.zeros(10, np.uint8), config).run()
+    # The first step of Adam is the rate, whatever the gradient.
+    moved = {name: float((before[name] - p).detach().mean()) for name, p in model.named_parameters()}
+    assert moved == pytest.approx({"linear.weight": 0.01, "embedding.weight": 0.05}, rel=1e-3)
+    with pytest.raises(ValueError, match="embedding_lr must be positive and finite, got 0"):
+        TrainConfig(steps=1, embedding_lr=0)
+
+
 def test_divergence_is_an_error_that_leaves_the_parameters(make_trainer: Make) -> None:
     trainer = make_trainer()
     with torch.no_grad():

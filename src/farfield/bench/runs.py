@@ -82,6 +82,9 @@ class Failure:
 class Watcher:
     """What a display may listen to; does nothing by itself."""
 
+    def on_pace(self, place: str, done: int, total: int) -> None:
+        """Of the turns that measure the seconds per step at ``place``, so many are done."""
+
     def on_begin(self, attention: str, seed: int, number: int, total: int) -> None:
         """A run begins: the ``number``-th of ``total``."""
 

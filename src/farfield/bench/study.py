@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,21 +24,37 @@ from torch import nn
 from farfield.bench.compare import LEAST_WINDOWS, MOST_WINDOWS, RunResult, describe_text
 from farfield.bench.machine import describe_machine
 from farfield.bench.memory import PeakMemory
+from farfield.bench.pace import TURNS, Pace, keep_paces, kept_paces, measure_paces, paced_steps
+from farfield.bench.ramps import ramp_file, take_ramp
 from farfield.bench.runs import Failure, Stopped, Watcher, make_runs, mixed_machines, read_json, run_file, thin
 from farfield.bench.variants import Variant, parse_variant
 from farfield.data.text import Corpus, Split
 from farfield.models.language import LanguageConfig, LanguageModel
 from farfield.training.evaluate import evaluate
-from farfield.training.loop import Batches, TextWindows, TrainConfig, Trainer
+from farfield.training.loop import Batches, Progress, TextWindows, TrainConfig, Trainer
 from farfield.training.masked import MASK, MaskedModel, MaskedWindows, evaluate_masked
+from farfield.training.ramp import RampedBatches
 
-__all__ = ["RUN_FORMAT", "STUDY_FORMAT", "TASKS", "Cell", "Study", "StudyOutcome", "StudyRun", "level_biases", "study"]
+__all__ = [
+    "RUN_FORMAT",
+    "STUDY_FORMAT",
+    "TASKS",
+    "Cell",
+    "Study",
+    "StudyOutcome",
+    "StudyRun",
+    "level_biases",
+    "study",
+    "study_paces",
+]
 
 RUN_FORMAT = "farfield-study-run/1"
 STUDY_FORMAT = "farfield-study/1"
 TASKS = ("next", "masked")
 """Predict the next byte, or hidden bytes from both sides."""
+PACE_FILE = "pace.json"
 _BUDGETS = ("steps", "seconds", "tokens")
+_MODEL = ("dim", "depth", "heads", "shift")
 
 
 class Cell(NamedTuple):
@@ -64,9 +81,15 @@ class Study:
         seeds: of parameters and data order.
         task: "next" (causal) or "masked" (bidirectional).
         steps, seconds, tokens: the budget of each run, one of the three; ``tokens`` gives every run as many steps as
-            fit, at least one.
+            fit, at least one, ``seconds`` as many as fit at the pace that is measured beforehand, see
+            `farfield.bench.pace`.
         lr: peak learning rate.
+        embedding_lr: that of embeddings over ``lr``.
         dim, depth, heads: of the model.
+        ramp: (context, batch, steps) of every run before its budget begins, such as ``((512, 2, 600),)``: what can be
+            learned from short windows costs less there. Equal for all variants, and in none of the counts of a run.
+        shift: whether every position also reads the token before it, see `LanguageConfig`. Then no attention has to
+            learn that first, which takes most of a short run, and dense attention's longest.
         eval_tokens: held-out bytes to read, in 8 windows at least, where the text has them, and 256 at most.
         device: where to train.
     """
@@ -80,9 +103,12 @@ class Study:
     seconds: float | None = None
     tokens: int | None = None
     lr: float = TrainConfig.lr
+    embedding_lr: float = TrainConfig.embedding_lr
     dim: int = 128
     depth: int = 4
     heads: int = 4
+    ramp: tuple[tuple[int, int, int], ...] = ()
+    shift: bool = False
     eval_tokens: int = 98304
     device: str = "cpu"
 
@@ -103,6 +129,10 @@ class Study:
                 raise ValueError(f"{name} of a study is a list, got {given[name]!r}")
             if name in given:
                 given[name] = tuple(given[name])
+        ramp = given.get("ramp", ())
+        if not isinstance(ramp, list | tuple) or not all(isinstance(stage, list | tuple) for stage in ramp):
+            raise ValueError(f"ramp of a study is a list of [context, batch, steps], got {ramp!r}")
+        given["ramp"] = tuple(tuple(stage) for stage in ramp)
         given["variants"] = tuple(parse_variant(str(text)) for text in given.get("variants", ()))
         return cls(**given)
 
@@ -135,6 +165,12 @@ class Study:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for stage in self.ramp:
+            whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in stage)
+            if len(stage) != 3 or not whole:
+                raise ValueError(f"a stage of a ramp is (context, batch, steps), each at least 1; got {stage!r}")
+        if not isinstance(self.shift, bool):
+            raise ValueError(f"shift must be true or false, got {self.shift!r}")
         for cell in self.cells:
             self.train_config(cell, self.seeds[0])
             self.model_config(cell)
@@ -162,9 +198,12 @@ class Study:
     @property
     def budget_in_words(self) -> str:
         """Such as ``600 steps each``."""
+        before = f" after {self.ramp_steps:,} on shorter windows" if self.ramp else ""
         if self.steps is not None:
-            return f"{self.steps:,} step{'s' * (self.steps != 1)} each"
-        return f"{self.seconds:g} s of training each" if self.seconds is not None else f"{self.tokens:,} bytes each"
+            return f"{self.steps:,} step{'s' * (self.steps != 1)} each{before}"
+        if self.seconds is not None:
+            return f"{self.seconds:g} s of training each{before}, at the pace measured beforehand"
+        return f"{self.tokens:,} bytes each{before}"
 
     def model_config(self, cell: Cell) -> LanguageConfig:
         """The model of a cell."""
@@ -177,19 +216,66 @@ class Study:
             vocab=256 if self.causal else MASK + 1,
             context=cell.context,
             causal=self.causal,
+            shift=self.shift,
         )
 
-    def train_config(self, cell: Cell, seed: int) -> TrainConfig:
-        """The training of one run."""
-        steps = self.steps if self.tokens is None else max(1, self.tokens // (cell.batch * cell.context))
+    def train_config(self, cell: Cell, seed: int, pace: Pace | None = None) -> TrainConfig:
+        """The training of one run; a budget in seconds becomes steps with the ``pace`` of the cell only."""
+        steps, seconds = self.steps, self.seconds
+        if self.tokens is not None:
+            steps = max(1, self.tokens // (cell.batch * cell.context))
+        elif seconds is not None and pace is not None:
+            steps, seconds = paced_steps(seconds, pace), None
         return TrainConfig(
-            context=cell.context, batch=cell.batch, lr=self.lr, seed=seed, steps=steps, seconds=self.seconds
+            context=cell.context,
+            batch=cell.batch,
+            lr=self.lr,
+            embedding_lr=self.embedding_lr,
+            seed=seed,
+            steps=steps,
+            seconds=seconds,
         )
+
+    def trainer(
+        self,
+        cell: Cell,
+        seed: int,
+        train: npt.NDArray[np.uint8],
+        *,
+        pace: Pace | None = None,
+        steps: int | None = None,
+    ) -> Trainer:
+        """The trainer of one run; ``steps`` ends it there, whatever the budget."""
+        config = self.train_config(cell, seed, pace)
+        batches = self.batches_of(cell, train, seed)
+        if steps is not None:
+            config = dataclasses.replace(config, steps=steps, seconds=None)
+        elif self.ramp:
+            assert config.steps is not None, "a budget in seconds needs the pace of its cell"
+            stages = [
+                (self.batches_of(Cell(cell.variant, context, batch), train, seed), taken)
+                for context, batch, taken in self.ramp
+            ]
+            batches = RampedBatches(stages, batches)
+            # The rate rises in the ramp and falls where the context is whole, so that one ramp serves all budgets.
+            whole = config.steps + self.ramp_steps
+            config = dataclasses.replace(
+                config,
+                steps=whole,
+                warmup=config.warmup * self.ramp_steps / whole,
+                cooldown=config.cooldown * config.steps / whole,
+            )
+        return Trainer(self.build(cell, seed), batches, config)
 
     def build(self, cell: Cell, seed: int) -> LanguageModel:
         """The untrained model of one run."""
         kind = LanguageModel if self.causal else MaskedModel
         return kind(self.model_config(cell), seed=seed).to(self.device)
+
+    @property
+    def ramp_steps(self) -> int:
+        """Before the budget of a run."""
+        return sum(steps for _, _, steps in self.ramp)
 
     def batches_of(self, cell: Cell, train: npt.NDArray[np.uint8], seed: int) -> Batches:
         """The training batches of one run."""
@@ -210,7 +296,9 @@ class Study:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{cell.variant.label} at context {cell.context:,}: {error}") from error
 
-    def key(self, cell: Cell, seed: int, fingerprint: str, machine: Mapping[str, Any]) -> dict[str, Any]:
+    def key(
+        self, cell: Cell, seed: int, fingerprint: str, machine: Mapping[str, Any], pace: Pace | None = None
+    ) -> dict[str, Any]:
         """The settings that decide a run's numbers, as JSON gives them back."""
         asked: dict[str, Any] = {
             "label": cell.variant.label,
@@ -219,31 +307,67 @@ class Study:
             "context": cell.context,
             "batch": cell.batch,
             "seed": seed,
-            **{name: getattr(self, name) for name in ("task", *_BUDGETS, "lr", "dim", "depth", "heads")},
+            **{name: getattr(self, name) for name in ("task", *_BUDGETS, "lr", "embedding_lr", "ramp", *_MODEL)},
             "eval_tokens": self.eval_tokens,
             "device": self.device,
             "text": fingerprint[:16],
         }
         if self.seconds is not None:  # equal time means something on one machine only
             asked |= {"processor": machine["processor"], "threads": machine["threads"]}
-        read_back: dict[str, Any] = json.loads(json.dumps(asked))
-        return read_back
+            if pace is not None:
+                asked["paced_steps"] = paced_steps(self.seconds, pace)
+        return _as_json(asked)
+
+    def ramp_key(self, cell: Cell, seed: int, train: npt.NDArray[np.uint8], fingerprint: str) -> dict[str, Any]:
+        """The settings that decide the numbers after the ramp, as JSON gives them back."""
+        return _as_json(
+            {
+                "recipe": cell.variant.recipe,
+                "options": dict(cell.variant.options),
+                "seed": seed,
+                **{name: getattr(self, name) for name in ("task", "lr", "embedding_lr", "ramp", *_MODEL, "device")},
+                "threads": torch.get_num_threads(),
+                "text": [fingerprint, len(train)],
+            }
+        )
+
+    def pace_key(self, cell: Cell, machine: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that decide how long a step of a cell takes, as JSON gives them back."""
+        return _as_json(
+            {
+                "recipe": cell.variant.recipe,
+                "options": dict(cell.variant.options),
+                **{name: getattr(self, name) for name in ("task", *_MODEL, "device")},
+                "processor": machine["processor"],
+                "threads": machine["threads"],
+            }
+        )
 
     def as_json(self) -> dict[str, Any]:
         """For the study's file."""
-        read_back: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return read_back
+        return _as_json(dataclasses.asdict(self))
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As a file gives them back: lists for tuples."""
+    read_back: dict[str, Any] = json.loads(json.dumps(values))
+    return read_back
 
 
 @dataclass(frozen=True)
 class StudyRun(RunResult):
     """A finished run of a study; ``attention`` is the name of its cell, and ``key`` says what that was.
 
+    Steps, tokens and seconds are those after the ramp; the curve begins with it.
+
     Attributes:
         level_bias: per layer, the mean over heads of the learned bias of the first levels; empty without.
+        pace: seconds per step as measured in turn with the other variants, which gave a budget in seconds its steps;
+            None for other budgets.
     """
 
     level_bias: tuple[tuple[float, ...], ...] = ()
+    pace: float | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StudyRun:
@@ -254,7 +378,12 @@ class StudyRun(RunResult):
         """
         run = super().from_json(values)
         assert isinstance(run, StudyRun)
-        return dataclasses.replace(run, level_bias=tuple(tuple(row) for row in values["level_bias"]))
+        pace = values.get("pace")
+        return dataclasses.replace(
+            run,
+            level_bias=tuple(tuple(row) for row in values["level_bias"]),
+            pace=None if pace is None else float(pace),
+        )
 
 
 @dataclass
@@ -288,16 +417,19 @@ def study(
     watcher: Watcher | None = None,
     should_stop: Callable[[], bool] | None = None,
     before_first_run: Callable[[], None] | None = None,
+    ramps: Path | None = None,
 ) -> StudyOutcome:
     """Trains what is not there yet.
 
     Args:
         plan: what to train.
         corpus: the text.
-        folder: gets ``runs/<cell>-seed<k>.json`` as each run finishes; several studies may share it.
+        folder: gets ``runs/<cell>-seed<k>.json`` as each run finishes; several studies may share it. With a budget in
+            seconds also ``pace.json``, the seconds per step, which are measured once.
         watcher: told what happens.
         should_stop: asked between steps and windows; true ends the study with what is finished.
         before_first_run: called once everything is checked, before anything is trained or written.
+        ramps: where states after the ramp are kept, which several studies may share; None for ``folder/ramps``.
 
     Raises:
         ValueError: for settings that cannot work, text that is too short, or a finished run with other settings;
@@ -310,20 +442,27 @@ def study(
     machine = describe_machine(plan.device)
     cells = {cell.name: cell for cell in plan.cells}
 
+    pace_keys = {name: plan.pace_key(cell, machine) for name, cell in cells.items()}
+    paces = kept_paces(folder / PACE_FILE, pace_keys) if plan.seconds is not None else {}
+
     def key(name: str, seed: int) -> dict[str, Any]:
-        return plan.key(cells[name], seed, corpus.fingerprint, machine)
+        return plan.key(cells[name], seed, corpus.fingerprint, machine, (paces or {}).get(name))
 
     found = finished_runs(folder, plan.plan, key)
     outcome = StudyOutcome(plan, describe_text(corpus, splits[max(plan.contexts)]), machine)
     if before_first_run is not None:
         before_first_run()
+    if paces is None:
+        paces = study_paces(plan, corpus, folder, watcher=watcher, should_stop=stop)
+        if paces is None:
+            outcome.interrupted = True
+            return outcome
+    measured = paces
 
     def warm_up(name: str) -> None:
         # Two steps that count for nothing: thread pools, tables and memory pages are there for every variant.
         cell = cells[name]
-        config = dataclasses.replace(plan.train_config(cell, plan.seeds[0]), steps=2, seconds=None)
-        batches = plan.batches_of(cell, splits[cell.context].train, plan.seeds[0])
-        Trainer(plan.build(cell, plan.seeds[0]), batches, config).run()
+        plan.trainer(cell, plan.seeds[0], splits[cell.context].train, steps=2).run()
 
     make_runs(
         plan.plan,
@@ -331,7 +470,18 @@ def study(
         outcome,
         folder,
         one_run=lambda name, seed: _one_run(
-            plan, cells[name], seed, splits[cells[name].context], key(name, seed), watcher, stop
+            plan,
+            cells[name],
+            seed,
+            splits[cells[name].context],
+            measured.get(name),
+            key(name, seed),
+            ramp_file(
+                ramps or folder / "ramps",
+                plan.ramp_key(cells[name], seed, splits[cells[name].context].train, corpus.fingerprint),
+            ),
+            watcher,
+            stop,
         ),
         warm_up=warm_up,
         run_format=RUN_FORMAT,
@@ -341,6 +491,50 @@ def study(
     )
     outcome.notes += mixed_machines(outcome.runs)
     return outcome
+
+
+def study_paces(
+    plan: Study,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    watcher: Watcher | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Pace] | None:
+    """The seconds per step of every cell, all variants of a context and batch in turn.
+
+    Args:
+        plan, corpus, folder, watcher, should_stop: as in `study`.
+
+    Returns:
+        What ``folder/pace.json`` holds, or else holds now; None where it was stopped.
+
+    Raises:
+        ValueError: for settings that cannot work, text that is too short, or a file that misses a cell of the plan.
+        OSError: when the file cannot be written.
+    """
+    watcher, stop = watcher or Watcher(), should_stop or (lambda: False)
+    plan.validate()
+    machine = describe_machine(plan.device)
+    keys = {cell.name: plan.pace_key(cell, machine) for cell in plan.cells}
+    paces = kept_paces(folder / PACE_FILE, keys)
+    if paces is not None:
+        return paces
+    paces = {}
+    for context, batch in dict.fromkeys((cell.context, cell.batch) for cell in plan.cells):
+        train = corpus.split(context).train
+        trainers = {
+            cell.name: partial(plan.trainer, cell, plan.seeds[0], train, steps=TURNS + 1)
+            for cell in plan.cells
+            if (cell.context, cell.batch) == (context, batch)
+        }
+        place = f"context {context:,}, batch {batch}"
+        found = measure_paces(trainers, should_stop=stop, on_turn=partial(watcher.on_pace, place))
+        if found is None:
+            return None
+        paces |= found
+    keep_paces(folder / PACE_FILE, paces, keys)
+    return paces
 
 
 def finished_runs(
@@ -389,14 +583,25 @@ def _one_run(
     cell: Cell,
     seed: int,
     split: Split,
+    pace: Pace | None,
     key: Mapping[str, Any],
+    ramp: Path,
     watcher: Watcher,
     stop: Callable[[], bool],
 ) -> StudyRun:
     with PeakMemory(plan.device) as peak:
-        model = plan.build(cell, seed)
-        trainer = Trainer(model, plan.batches_of(cell, split.train, seed), plan.train_config(cell, seed))
-        history = trainer.run(on_progress=lambda p: watcher.on_step(p, trainer.fraction), should_stop=stop)
+        trainer = plan.trainer(cell, seed, split.train, pace=pace)
+        model = trainer.model
+        assert isinstance(model, LanguageModel)
+
+        def run(enough: Callable[[], bool]) -> list[Progress]:
+            return trainer.run(
+                on_progress=lambda p: watcher.on_step(p, trainer.fraction), should_stop=lambda: stop() or enough()
+            )
+
+        if plan.ramp:
+            take_ramp(trainer, plan.ramp_steps, ramp, run)
+        history = run(lambda: False)
         if not trainer.done:
             raise Stopped
 
@@ -406,6 +611,7 @@ def _one_run(
         if done < total and stop():
             raise Stopped
 
+    counted = history[plan.ramp_steps :]
     limits: dict[str, Any] = {"least": LEAST_WINDOWS, "most": MOST_WINDOWS, "on_window": on_window}
     if isinstance(model, MaskedModel):
         result = evaluate_masked(model, split.valid, cell.context, plan.eval_tokens, **limits)
@@ -417,12 +623,13 @@ def _one_run(
         bits=result.bits,
         windows=result.windows,
         positions=tuple(result.positions),
-        steps=history[-1].step,
-        tokens=history[-1].tokens,
-        seconds=history[-1].seconds,
+        steps=len(counted),
+        tokens=len(counted) * cell.batch * cell.context,
+        seconds=history[-1].seconds - (history[plan.ramp_steps - 1].seconds if plan.ramp_steps else 0.0),
         peak_bytes=peak.raised,
         parameters=model.parameter_count(),
         curve=tuple(thin(history)),
         key=key,
         level_bias=level_biases(model),
+        pace=None if pace is None else pace.median,
     )

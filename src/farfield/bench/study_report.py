@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farfield.bench.study import STUDY_FORMAT, StudyOutcome, StudyRun
+from farfield.bench.pace import Pace
+from farfield.bench.study import STUDY_FORMAT, Study, StudyOutcome, StudyRun
 from farfield.training.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Row", "markdown", "rows_of", "study_figure", "write"]
+__all__ = ["Row", "markdown", "pace_table", "rows_of", "study_figure", "write"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Row:
         bits, low, high: mean and range over seeds.
         last: mean over the last octave of positions.
         steps: mean.
-        step_ms: milliseconds of a step, the median over runs.
+        step_ms: milliseconds of a step while training, the median over runs.
+        pace_ms: milliseconds of a step as measured in turn with the other variants; None where they were not.
         tokens_per_second: of training.
         peak_bytes: the largest; None where unmeasured.
         parameters: of the model.
@@ -46,6 +48,17 @@ class Row:
     tokens_per_second: float
     peak_bytes: int | None
     parameters: int
+    pace_ms: float | None = None
+
+    @property
+    def step(self) -> float:
+        """Milliseconds of a step: as measured in turn, where that was done."""
+        return self.step_ms if self.pace_ms is None else self.pace_ms
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of training, at that pace where it was measured."""
+        return self.tokens_per_second if self.pace_ms is None else 1000 * self.batch * self.context / self.pace_ms
 
 
 def rows_of(runs: Sequence[StudyRun]) -> list[Row]:
@@ -73,13 +86,17 @@ def rows_of(runs: Sequence[StudyRun]) -> list[Row]:
                 tokens_per_second=sum(run.tokens for run in members) / seconds if seconds > 0 else 0.0,
                 peak_bytes=max(peaks) if peaks else None,
                 parameters=members[0].parameters,
+                pace_ms=None if members[0].pace is None else 1000 * members[0].pace,
             )
         )
     return sorted(rows, key=lambda row: (row.context, row.batch, row.bits))
 
 
 def markdown(rows: Sequence[Row], unit: str) -> str:
-    """The table. The last octave of positions is the second half of a context that is a power of two."""
+    """The table. The last octave of positions is the second half of a context that is a power of two.
+
+    Where the pace was measured, milliseconds per step are those, and tokens per second follow from them.
+    """
     heads = ["context", "batch", "variant", "seeds", unit, "range", "last octave"]
     heads += ["steps", "ms per step", "tokens/s", "peak MiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -88,7 +105,21 @@ def markdown(rows: Sequence[Row], unit: str) -> str:
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
         lines.append(
             f"| {row.context:,} | {row.batch} | {row.label} | {row.seeds} | {row.bits:.4f} | {spread} | {row.last:.4f} "
-            f"| {row.steps:,.0f} | {row.step_ms:,.0f} | {row.tokens_per_second:,.0f} | {peak} |"
+            f"| {row.steps:,.0f} | {row.step:,.0f} | {row.rate:,.0f} | {peak} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def pace_table(plan: Study, paces: Mapping[str, Pace]) -> str:
+    """Milliseconds per step as measured in turn, and how many times the first variant's they are."""
+    lines = ["| context | batch | variant | ms per step | least | most | times the first |", "|---" * 7 + "|"]
+    first = {(cell.context, cell.batch): paces[cell.name].median for cell in reversed(plan.cells)}
+    for cell in plan.cells:
+        pace = paces[cell.name]
+        low, middle, high = (1000 * value for value in (min(pace.seconds), pace.median, max(pace.seconds)))
+        lines.append(
+            f"| {cell.context:,} | {cell.batch} | {cell.variant.label} | {middle:,.0f} | {low:,.0f} | {high:,.0f} "
+            f"| {pace.median / first[cell.context, cell.batch]:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -115,7 +146,7 @@ def study_figure(rows: Sequence[Row], unit: str) -> Figure:
             for place, row in enumerate(best):
                 error = [[row.bits - row.low], [row.high - row.bits]]
                 left.errorbar(row.bits, place, xerr=error, color=style[row.label][0], marker=style[row.label][1])
-            right.barh(places, [row.step_ms for row in best], color=colours)
+            right.barh(places, [row.step for row in best], color=colours)
             low, high = min(row.low for row in best), max(row.high for row in best)
             left.set_xlim(max(0.0, low - 0.3 * max(high - low, 0.05)), high + 0.1 * max(high - low, 0.05))
             for axes, name in ((left, f"{unit} (lines: range over seeds)"), (right, "ms per step")):
@@ -137,7 +168,7 @@ def study_figure(rows: Sequence[Row], unit: str) -> Figure:
                 look: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": "white", "linewidth": 1.8}
                 errors = [[row.bits - row.low for row in line], [row.high - row.bits for row in line]]
                 left.errorbar(x, [row.bits for row in line], yerr=errors, **look)
-                right.plot(x, [row.tokens_per_second for row in line], **look)
+                right.plot(x, [row.rate for row in line], **look)
         left.set_ylabel(f"{unit} (lines: range over seeds)")
         right.set_ylabel("tokens per second of training")
         amount_axis(right)

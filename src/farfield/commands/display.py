@@ -101,6 +101,10 @@ def _plain(console: Console, told: Told, base: type[Watcher]) -> Any:
         def close(self) -> None:
             pass
 
+        def on_pace(self, place: str, done: int, total: int) -> None:
+            if done == total:
+                console.print(f"seconds per step measured at {place}, {total} turns", soft_wrap=True)
+
         def on_begin(self, attention: str, seed: int, number: int, total: int) -> None:
             self.state.begin(attention, seed, number, total)
             self.parts = 0
@@ -177,6 +181,11 @@ def _live(console: Console, told: Told, base: type[Watcher]) -> Any:
             if self.live is None:
                 self.live = Live(self, console=console, refresh_per_second=8, transient=True)
                 self.live.start()
+
+        def on_pace(self, place: str, done: int, total: int) -> None:
+            self.state.heading, self.state.fraction = f"measuring seconds per step: {place}", done / total
+            self.state.line = f"turn {done} of {total}"
+            self._start()
 
         def on_begin(self, attention: str, seed: int, number: int, total: int) -> None:
             self.state.begin(attention, seed, number, total)

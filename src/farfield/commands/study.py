@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 import tomllib
@@ -45,13 +46,36 @@ def study_command(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each run.")] = None,
     budget: Annotated[
-        float | None, typer.Option(parser=duration_option, metavar="TIME", help="Or training time of each run.")
+        float | None,
+        typer.Option(
+            parser=duration_option,
+            metavar="TIME",
+            help="Or training time of each run, as steps at a pace that is measured first, all variants in turn.",
+        ),
     ] = None,
+    pace_only: Annotated[
+        bool, typer.Option("--pace-only", help="Measure the time of a step of every variant, in turn, and stop there.")
+    ] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Or bytes that each run reads.")] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Width of the model. [default: 128]")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Layers. [default: 4]")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads. [default: 4]")] = None,
+    ramp: Annotated[
+        str | None,
+        typer.Option(metavar="NxB:STEPS,...", help="Before the budget, such as 512x2:600: steps on shorter windows."),
+    ] = None,
+    ramps: Annotated[
+        Path | None,
+        typer.Option(help="Where states after the ramp are kept, for several studies. [default: DIR/ramps]"),
+    ] = None,
+    shift: Annotated[
+        bool | None,
+        typer.Option("--shift/--no-shift", help="Every position also reads the token before it. [default: no-shift]"),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    embedding_lr: Annotated[
+        float | None, typer.Option(help="Rate of embeddings over that of the rest. [default: 1]")
+    ] = None,
     eval_tokens: Annotated[int | None, typer.Option(min=1, help="Held-out bytes to read. [default: 98304]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the processor. [default: torch's]")] = None,
@@ -61,15 +85,17 @@ def study_command(
 ) -> None:
     """Train one small language model for every variant, context, batch and seed, with equal steps, time or bytes.
 
-    Every finished run is kept in DIR/runs and not made again: the same command goes on where it was stopped. A run of
-    the same name with other settings is refused. Writes DIR/study.json, DIR/table.md and DIR/study.png.
+    Equal time is so many steps as fit into it at a pace that is measured beforehand, one step of every variant after
+    the other, and kept in DIR/pace.json. Every finished run is kept in DIR/runs and not made again: the same command
+    goes on where it was stopped. A run of the same name with other settings is refused. Writes DIR/study.json,
+    DIR/table.md and DIR/study.png.
     """
     import torch
     from rich.console import Console
     from rich.markup import escape
 
-    from farfield.bench.study import study
-    from farfield.bench.study_report import markdown, rows_of, write
+    from farfield.bench.study import study, study_paces
+    from farfield.bench.study_report import markdown, pace_table, rows_of, write
     from farfield.commands.display import display
     from farfield.data.text import collect
 
@@ -77,11 +103,14 @@ def study_command(
         torch.set_num_threads(threads)
     numbers = {"contexts": contexts, "batches": batches, "seeds": seeds}
     given: dict[str, Any] = {name: _numbers(text, name) for name, text in numbers.items() if text is not None}
+    if ramp is not None:
+        given["ramp"] = _ramp(ramp)
     given |= {
         name: value
         for name, value in {
             "variants": variant, "task": task, "dim": dim, "depth": depth, "heads": heads, "lr": lr,
-            "eval_tokens": eval_tokens, "device": device,
+            "embedding_lr": embedding_lr,
+            "shift": shift, "eval_tokens": eval_tokens, "device": device,
         }.items()
         if value is not None
     }  # fmt: skip
@@ -92,17 +121,30 @@ def study_command(
     folder = out if out is not None else Path("runs") / time.strftime("study-%Y%m%d-%H%M%S")
     console = Console(highlight=False)
     screen = display(console, _told(plan))
+    if pace_only:
+        probe(folder)
+        with Interruption() as stop, screen:
+            paces = study_paces(plan, corpus, folder, watcher=screen, should_stop=stop)
+        if paces is None:
+            raise typer.Exit(INTERRUPTED)
+        print(pace_table(plan, paces), end="")
+        return
     with Interruption() as stop, screen:
         outcome = study(
-            plan, corpus, folder, watcher=screen, should_stop=stop, before_first_run=lambda: probe(folder)
+            plan, corpus, folder, watcher=screen, should_stop=stop, before_first_run=lambda: probe(folder), ramps=ramps
         )  # fmt: skip
     words = ["farfield", "study", *(paths or []), *(["--config", str(config)] if config is not None else [])]
     for name, value in (given | asked).items():
         flag = "--budget" if name == "seconds" else "--variant" if name == "variants" else f"--{name.replace('_', '-')}"
-        if name == "variants":
+        if name == "ramp":
+            words += ["--ramp", str(ramp)]
+        elif name == "shift":
+            words += ["--shift" if value else "--no-shift"]
+        elif name == "variants":
             words += [word for text in value for word in (flag, text)]
         else:
             words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    words += ["--ramps", str(ramps)] if ramps is not None else []
     words += ["--threads", str(torch.get_num_threads()), "--out", str(folder)]
     print(markdown(rows_of(outcome.runs), plan.unit), end="")
     written = write(outcome, folder, shlex.join(words))
@@ -123,6 +165,16 @@ def _numbers(text: str, name: str) -> list[int]:
         return [int(piece) for piece in text.split(",")]
     except ValueError:
         raise ValueError(f"--{name} {text!r}: whole numbers between commas would be accepted") from None
+
+
+def _ramp(text: str) -> list[list[int]]:
+    try:
+        stages = [re.fullmatch(r"(\d+)x(\d+):(\d+)", piece).groups() for piece in text.split(",")]  # type: ignore[union-attr]
+    except AttributeError:
+        raise ValueError(
+            f"--ramp {text!r}: CONTEXTxBATCH:STEPS between commas, such as 256x4:300,1024x1:100, would be accepted"
+        ) from None
+    return [[int(number) for number in stage] for stage in stages]
 
 
 def _plan(config: Path | None, given: dict[str, Any], budgets: dict[str, Any]) -> Study:

@@ -375,7 +375,7 @@ class _ByHead(StreamModule):
 def _together(pyramid: Pyramid) -> bool:
     """Whether decoding can keep one copy of the tokens for this group and others: see :class:`HeadsStream`."""
     plain = pyramid.choose == "bounds" or (pyramid.summary == "mean" and pyramid.rope == "tokens")
-    return bool(pyramid.open) and pyramid.levels == 1 and pyramid.rest == "drop" and plain
+    return bool(pyramid.open) and pyramid.levels == 1 and pyramid.rest == "drop" and plain and pyramid.open_bias is None
 
 
 @lru_cache(maxsize=1024)

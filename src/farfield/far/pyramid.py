@@ -67,6 +67,8 @@ class Pyramid(FarPart):
         open: pages of tokens that each query head opens for itself: the cells with the largest mass leave the sum and
             their tokens are seen exactly, see :func:`farfield.opened_attention`. 0: none. Where it is more, decoding
             keeps the tokens.
+        open_bias: where a learned bias per head of opened tokens starts; None: no bias. Far below 0 they start quiet,
+            as summaries do, and can move as fast.
         beam, page, share, rest, choose: how they are chosen, as there.
     """
 
@@ -85,6 +87,7 @@ class Pyramid(FarPart):
     share: int = 1
     rest: str = "keep"
     choose: str = "mean"
+    open_bias: float | None = None
 
     def __post_init__(self) -> None:
         kinds = ("shared", "pooled", "mean", "learned")
@@ -105,6 +108,11 @@ class Pyramid(FarPart):
                     object.__setattr__(self, name, given)
         if self.bias is not None and not isinstance(self.bias, int | float):
             raise TypeError(f"Pyramid(bias={self.bias!r}): a number, or None for no bias, would be accepted")
+        if self.open_bias is not None and (not isinstance(self.open_bias, int | float) or not self.open):
+            raise ValueError(
+                f"Pyramid(open={self.open!r}, open_bias={self.open_bias!r}): a number would be accepted where pages "
+                "are opened, or None for no bias"
+            )
         if self.open and self.query_rank is not None:
             raise ValueError(
                 f"Pyramid(open={self.open!r}, query_rank={self.query_rank!r}): a pooled query opens nothing for its "
@@ -199,6 +207,9 @@ class _Pyramid(StreamModule):
         self.level_bias = None
         if options.bias is not None:
             self.level_bias = nn.Parameter(torch.empty(MAX_LEVELS, spec.num_heads))
+        self.page_bias = None
+        if options.open_bias is not None:
+            self.page_bias = nn.Parameter(torch.empty(spec.num_heads))
         self.weights = nn.ParameterDict()
         heads, width = spec.num_kv_heads, spec.head_dim
         if options.summary == "shared":
@@ -220,6 +231,8 @@ class _Pyramid(StreamModule):
         """Summaries average, the far field is quiet."""
         if self.level_bias is not None:
             nn.init.zeros_(self.level_bias)
+        if self.page_bias is not None:
+            nn.init.zeros_(self.page_bias)
         if self.options.summary == "shared":
             for weight in self.weights.values():
                 nn.init.ones_(weight)
@@ -253,6 +266,12 @@ class _Pyramid(StreamModule):
         if self.level_bias is None or self.options.bias is None:
             return None
         return self.options.bias + FAST * self.level_bias
+
+    def opened_bias(self) -> Tensor | None:
+        """[query heads] the bias of opened tokens; None without."""
+        if self.page_bias is None or self.options.open_bias is None:
+            return None
+        return self.options.open_bias + FAST * self.page_bias
 
     def _levels(self, inputs: Inputs) -> int | None:
         """The levels that were asked for, or all of a shorter input that has fewer."""
@@ -329,6 +348,7 @@ class _Pyramid(StreamModule):
             sinks=options.sinks,
             summary=summary,
             level_bias=self.biases(),
+            page_bias=self.opened_bias(),
             return_lse=True,
             part=self.part,
         )
@@ -446,8 +466,10 @@ class _Pyramid(StreamModule):
             if whole:
                 opening.fill(cache, *tokens, self.summary)
                 return self(inputs)
-            biases = self.biases()
-            return opening.step(cache, *tokens, length, scale=inputs.scale, summary=self.summary, level_bias=biases)
+            return opening.step(
+                cache, *tokens, length, scale=inputs.scale, summary=self.summary, level_bias=self.biases(),
+                page_bias=self.opened_bias(),
+            )  # fmt: skip
         stream = self._stream(rewind, "raw" in cache)
         weights = self._weights(self._turn(inputs) if stream.raw else None)
         raw = inputs.k if stream.raw else None

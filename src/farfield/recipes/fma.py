@@ -27,6 +27,7 @@ def _parts(
     share: int = Pyramid.share,
     rest: str = Pyramid.rest,
     choose: str = Pyramid.choose,
+    open_bias: float | None = Pyramid.open_bias,
 ) -> Parts:
     far = Pyramid(
         rank,
@@ -44,6 +45,7 @@ def _parts(
         share=share,
         rest=rest,
         choose=choose,
+        open_bias=open_bias,
     )
     return Parts(near=Blocks(block), far=far, merge="softmax")
 

@@ -27,6 +27,8 @@ class TrainConfig:
         context: Tokens that the model sees at once; the pixels of an image, the points of a grid.
         batch: Sequences, images or grids per step.
         lr: Peak learning rate of AdamW.
+        embedding_lr: That of embeddings over ``lr``. Rows of an embedding are of size 1 where weights are of size
+            0.02, so that Adam's equal steps move them little.
         warmup: Part of the budget over which the rate rises linearly from 0.
         cooldown: Part of the budget, at its end, over which the rate falls linearly to 0; constant in between.
         weight_decay: Decay on the weights of linear maps, and on nothing else.
@@ -39,6 +41,7 @@ class TrainConfig:
     context: int = 4096
     batch: int = 1
     lr: float = 3e-3
+    embedding_lr: float = 1.0
     warmup: float = 0.05
     cooldown: float = 0.6
     weight_decay: float = 0.1
@@ -53,7 +56,7 @@ class TrainConfig:
             value = getattr(self, name)
             if (value is not None or name != "steps") and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ValueError(f"{name} must be an integer, got {value!r}")
-        for name in ("lr", "warmup", "cooldown", "weight_decay", "clip", "seconds"):
+        for name in ("lr", "embedding_lr", "warmup", "cooldown", "weight_decay", "clip", "seconds"):
             value = getattr(self, name)
             if (value is not None or name != "seconds") and (
                 not isinstance(value, int | float) or isinstance(value, bool)
@@ -62,7 +65,7 @@ class TrainConfig:
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "embedding_lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("warmup", "cooldown"):
@@ -176,7 +179,7 @@ class Trainer:
         self._parameters = list(self._named.values())
         self._device = self._parameters[0].device
         self._optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True
+            _parameter_groups(model, config), lr=config.lr, betas=(0.9, 0.95), fused=True
         )
 
     @property
@@ -301,7 +304,7 @@ class Trainer:
         step = self.step + 1
         rate = self.config.lr * learning_rate_factor(self._schedule_position(), self.config)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["over"]
         loss: Tensor = self.model.loss(next(batches).to(self._device))  # type: ignore[operator]
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
@@ -340,13 +343,21 @@ def learning_rate_factor(fraction: float, config: TrainConfig) -> float:
     return max(0.0, min(1.0, rising, falling))
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split parameters into weights of linear maps, which decay, and all others, which do not.
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+    """Split parameters into weights of linear maps, which decay, embeddings, and all others.
 
     By module and not by shape: a bias per level and head is a matrix by shape only, and must not be pulled to zero.
     """
-    decaying = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    matrices = [p for p in model.parameters() if p.requires_grad and id(p) in decaying]
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in decaying]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    of_maps, of_embeddings = (
+        {id(m.weight) for m in model.modules() if isinstance(m, kind)} for kind in (nn.Linear, nn.Embedding)
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decaying = [p for p in trained if id(p) in of_maps]
+    embeddings = [p for p in trained if id(p) in of_embeddings - of_maps]
+    others = [p for p in trained if id(p) not in of_maps | of_embeddings]
+    groups: list[dict[str, object]] = [
+        {"params": decaying, "weight_decay": config.weight_decay, "over": 1.0},
+        {"params": others, "weight_decay": 0.0, "over": 1.0},
+        {"params": embeddings, "weight_decay": 0.0, "over": config.embedding_lr},
+    ]
     return [group for group in groups if group["params"]]

@@ -231,27 +231,63 @@ def test_causal(share: int, choose: str) -> None:
         assert torch.equal(changed[:, :, : i + 1], out[:, :, : i + 1])
 
 
+@pytest.mark.parametrize("impl", [None, "torch"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_bias_of_opened_tokens(causal: bool, impl: str | None) -> None:
+    n, options = 43, {"block": 4, "rank": 2, "page": 1, "causal": causal, "impl": impl}
+    q, k, v = tensors(n, heads=(4, 2), batch=2)
+    bias = torch.randn(4, dtype=q.dtype)
+    # Everything opened: exact attention, far tokens with the bias of their head.
+    far = (torch.arange(n)[:, None] // 4 - torch.arange(n) // 4).abs() > 1
+    mask = torch.where(far, bias[:, None, None], 0.0)
+    if causal:
+        mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    for rest in ("keep", "drop"):
+        found = opened_attention(q, k, v, open=n, rest=rest, page_bias=bias, **options)
+        torch.testing.assert_close(found, want)
+    # Some opened: with the same number on cells and pages the far field moves as a whole.
+    few = {"open": 3, "share": 2, "part": "far", "return_lse": True, **options}
+    plain = opened_attention(q, k, v, **few)
+    moved = opened_attention(q, k, v, level_bias=bias.repeat(8, 1), page_bias=bias, **few)
+    torch.testing.assert_close(moved, (plain[0], plain[1] + bias[:, None]))
+    # Without cells it is the pages alone that move, however quiet the cells are made.
+    dropped = opened_attention(q, k, v, rest="drop", page_bias=bias, **few)
+    alone = opened_attention(q, k, v, level_bias=torch.full((8, 4), -1e4, dtype=q.dtype), page_bias=bias, **few)
+    seen = dropped[1] > -math.inf
+    torch.testing.assert_close(dropped[0][seen], alone[0][seen])
+    torch.testing.assert_close(dropped[1][seen], alone[1][seen])
+    with pytest.raises(ValueError, match=r"page_bias has shape \[2\]: \[4\] would be accepted"):
+        opened_attention(q, k, v, open=2, page_bias=bias[:2], **options)
+
+
 @pytest.mark.parametrize("rest", ["keep", "drop"])
 def test_gradients(rest: str) -> None:
     n, options = 41, {"block": 4, "rank": 2, "open": 2, "page": 1, "causal": True, "sinks": 1}
     q, k, v = (x.requires_grad_() for x in tensors(n, heads=(2, 1), dim=2))
-    bias = torch.randn(4, 2, dtype=q.dtype, requires_grad=True)
+    bias, of_pages = (torch.randn(*shape, dtype=q.dtype, requires_grad=True) for shape in ((4, 2), (2,)))
 
     def run(impl: str) -> tuple[Tensor, Tensor]:
-        return opened_attention(q, k, v, rest=rest, level_bias=bias, return_lse=True, impl=impl, **options)
+        biases = {"level_bias": bias, "page_bias": of_pages}
+        return opened_attention(q, k, v, rest=rest, **biases, return_lse=True, impl=impl, **options)
 
     weights = [torch.randn_like(x) for x in run("torch")]
     grads = {}
     for impl in ("torch", "reference"):
         total = sum((x * w).sum() for x, w in zip(run(impl), weights, strict=True))
-        grads[impl] = torch.autograd.grad(total, (q, k, v, bias), allow_unused=True)
+        grads[impl] = torch.autograd.grad(total, (q, k, v, of_pages, bias), allow_unused=True)
     for a, b in zip(*grads.values(), strict=True):
         if b is None or a is None:
-            assert rest == "drop"
+            assert rest == "drop" and a is b
         else:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
     short = [x[:, :, :19].detach().requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *x: opened_attention(*x, rest=rest, impl="torch", **options), short)
+    short.append(of_pages.detach().requires_grad_())
+
+    def checked(*x: Tensor) -> Tensor:
+        return opened_attention(*x[:3], rest=rest, page_bias=x[3], impl="torch", **options)
+
+    assert torch.autograd.gradcheck(checked, short)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

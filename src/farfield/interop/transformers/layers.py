@@ -32,8 +32,11 @@ def group_of(heads: list[int], pyramid: Pyramid) -> dict[str, Any]:
     Raises:
         ValueError: for a pyramid with parameters, which has no place there.
     """
-    if pyramid.summary != "mean" or pyramid.bias is not None or pyramid.query_rank is not None:
-        raise ValueError(f"{pyramid!r}: summary='mean', bias=None and query_rank=None would be accepted")
+    without = (pyramid.bias, pyramid.open_bias, pyramid.query_rank)
+    if pyramid.summary != "mean" or any(value is not None for value in without):
+        raise ValueError(
+            f"{pyramid!r}: summary='mean', bias=None, open_bias=None and query_rank=None would be accepted"
+        )
     named = {name: getattr(pyramid, name) for name in _SETTINGS}
     return {"heads": list(heads), **{k: v for k, v in named.items() if v != _DEFAULTS[k]}}
 

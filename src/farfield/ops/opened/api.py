@@ -86,6 +86,7 @@ def opened_attention(
     sinks: int = 0,
     summary: Summary = "mean",
     level_bias: Tensor | None = None,
+    page_bias: Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
     part: str = "both",
@@ -107,6 +108,8 @@ def opened_attention(
         share: queries that share a choice: runs of so many in a leaf block. Causal, the first of them chooses (a mean
             would let a query depend on later ones); otherwise their mean does.
         rest: "keep" the cells that stay closed, as summaries, or "drop" them: then only tokens are seen.
+        page_bias: [Hq], added to the scores of opened tokens, and to nothing that the choice sees. None: opened tokens
+            weigh what they weigh in exact attention.
         choose: "mean", by the score of a cell's summary; "bounds", by the mean of that of its tokens' average and the
             least upper bound of theirs (channel by channel).
         impl: "compiled" (CPU), "torch", "reference" (differentiable to any order), None: the fastest.
@@ -136,6 +139,11 @@ def opened_attention(
         "grid": call["grid"], "block": call["block"], "rank": call["rank"], "causal": causal, "key_mask": key_mask,
         "scale": call["scale"], "sinks": sinks, "impl": impl,
     }  # fmt: skip
+    if page_bias is not None and page_bias.shape != query.shape[1:2]:
+        raise ValueError(
+            f"page_bias has shape {list(page_bias.shape)}: [{query.shape[1]}] would be accepted, a number "
+            "for each query head"
+        )
     far: dict[str, Any] = {
         **shared,
         "levels": levels,
@@ -152,7 +160,7 @@ def opened_attention(
     if part != "near" and open:
         opened: dict[str, Any] = {"open": open, "beam": open if beam is None else beam, "page": pages, "share": share}
         with exactly(q.device):
-            state = opened_far(q, k, v, **far, **opened, rest=rest, choose=choose)
+            state = opened_far(q, k, v, **far, **opened, page_bias=page_bias, rest=rest, choose=choose)
         states += [] if state is None else [state]
     if not states:
         wide = compute_dtype(query.dtype)
@@ -184,6 +192,7 @@ def opened_far(
     sinks: int,
     summary: Summary,
     level_bias: Tensor | None,
+    page_bias: Tensor | None,
     impl: str | None,
 ) -> AttentionState | None:
     """Pages and closed cells alone, on checked arguments; None where nothing is far."""
@@ -249,6 +258,7 @@ def opened_far(
                 cells,
                 spread if partly else None,
                 level_bias,
+                page_bias,
                 batch,
                 scale,
                 wide,
@@ -277,6 +287,7 @@ def attend_choice(
     cells: tuple[list[Tensor], list[Tensor]],
     valid: Tensor | None,
     level_bias: Tensor | None,
+    page_bias: Tensor | None,
     batch: int,
     scale: float,
     wide: torch.dtype,
@@ -305,12 +316,20 @@ def attend_choice(
                 of_cell = of_cell.repeat_interleave(groups // len(of_cell), 0)
             biases.append(of_cell.expand(groups, -1).gather(1, number.flatten(1)).view(number.shape))
         bias = torch.cat(biases, -1)
-        if level_bias is not None:
+        if level_bias is not None or page_bias is not None:
             row = torch.zeros(bias.shape[-1], dtype=torch.long, device=units.device)
             for rest in choice.rest:
                 row[width : width + rest.number.shape[-1]] = max(rest.level, 1)
                 width += rest.number.shape[-1]
-            ladder = torch.nn.functional.pad(level_bias.to(wide).T, (1, 0))  # [Hq, 1 + levels], 0 for tokens
+            heads = groups // batch
+            of_tokens = units.new_zeros(heads, dtype=wide) if page_bias is None else page_bias.to(wide)
+            of_levels = units.new_zeros(len(tree.children) + 1, heads, dtype=wide)
+            of_levels = of_levels if level_bias is None else level_bias.to(wide)
+            ladder = torch.cat([of_tokens[:, None], of_levels.T], 1)  # [Hq, 1 + levels]
             head_bias = ladder[:, row][:, None].contiguous()
     state = attend_lists(units[:, None], stores, bias, head_bias, batch=batch, scale=scale, impl=impl)
-    return AttentionState(state.out[:, 0], state.lse[:, 0])
+    out, lse = state.out[:, 0], state.lse[:, 0]
+    if page_bias is not None and not choice.rest:
+        # Nothing but pages: the same number on all scores of a row moves its lse alone.
+        lse = lse + page_bias.to(lse.dtype).repeat(batch)[:, None, None]
+    return AttentionState(out, lse)

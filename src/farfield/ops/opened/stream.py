@@ -21,6 +21,9 @@ from farfield.ops.tiles import compute_dtype
 
 __all__ = ["OpenedStream"]
 
+Biases = tuple[Tensor | None, Tensor | None]
+"""Of levels [L, Hq] and of opened tokens [Hq]."""
+
 
 @lru_cache(maxsize=4)
 def _tree(
@@ -185,6 +188,7 @@ class OpenedStream:
         scale: float,
         summary: Callable[[], Summary],
         level_bias: Tensor | None,
+        page_bias: Tensor | None = None,
     ) -> AttentionState:
         """Takes T tokens in, one after the other, and attends from each."""
         states = []
@@ -195,12 +199,12 @@ class OpenedStream:
                 cache["leaders"][:, :, at // self.share % self.leaders] = query[:, :, t]
             if at % self.block == 0:
                 self._advance(cache, at, summary)
-            states.append(self._one(cache, query[:, :, t : t + 1], at, scale, level_bias))
+            states.append(self._one(cache, query[:, :, t : t + 1], at, scale, (level_bias, page_bias)))
         joined = join_rows(states)
         assert isinstance(joined, AttentionState)
         return joined
 
-    def _one(self, cache: Cache, query: Tensor, at: int, scale: float, level_bias: Tensor | None) -> AttentionState:
+    def _one(self, cache: Cache, query: Tensor, at: int, scale: float, biases: Biases) -> AttentionState:
         states = []
         wide = compute_dtype(query.dtype)
         if self.part != "far":
@@ -211,11 +215,10 @@ class OpenedStream:
                 near = attend_few(query, keys, values, scale=scale, bias=None, dtype=wide, need_lse=True)
             assert isinstance(near, AttentionState)
             states.append(near)
-        if self.part != "near":
-            shape = self._shape(at // self.block + 1, query.device)
-            if shape is not None:
-                with exactly(query.device):
-                    states.append(self._far(cache, *shape, query, at, scale, level_bias))
+        shape = self._shape(at // self.block + 1, query.device)
+        if shape is not None and self.part != "near":
+            with exactly(query.device):
+                states.append(self._far(cache, *shape, query, at, scale, biases))
         if not states:
             nothing = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
             return AttentionState(torch.zeros_like(query), nothing)
@@ -229,7 +232,7 @@ class OpenedStream:
         query: Tensor,
         at: int,
         scale: float,
-        level_bias: Tensor | None,
+        biases: Biases,
     ) -> AttentionState:
         batch, heads = query.shape[:2]
         wide = compute_dtype(query.dtype)
@@ -249,7 +252,7 @@ class OpenedStream:
         partly = self.sinks % self.page > 0
         state = attend_choice(
             tree, bank, choice, query.flatten(0, 1)[:, None], paged, (cells[0], cells[1]), valid if partly else None,
-            level_bias, batch, scale, wide, None,
+            *biases, batch, scale, wide, None,
         )  # fmt: skip
         return AttentionState(
             state.out[:, 0].unflatten(0, (batch, heads)), state.lse[:, 0].unflatten(0, (batch, heads))
