@@ -243,7 +243,15 @@ def test_models_that_do_not_see_everything_are_refused() -> None:
 def small(**arguments: Any) -> tuple[Any, Any]:
     model = make("Llama")
     menu = (None, *SMALL, EXACT)
-    given: dict[str, Any] = {"menu": menu, "block": 8, "sinks": 3, "queries": 16, "pieces": 2, **arguments}
+    given: dict[str, Any] = {
+        "menu": menu,
+        "block": 8,
+        "sinks": 3,
+        "queries": 16,
+        "pieces": 2,
+        "background": True,
+        **arguments,
+    }
     windows = [torch.randint(3, 50, (160,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     return model, convert(model, windows, **given)
 
@@ -284,7 +292,7 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
     assert kept.menu == first.calibration.menu
     for changes in ({"keys": 0.5}, {"keys": 0.8}, {"keys": 0.7, "max_share": 1}, {"keys": 0.6, "background": False}):
         _, fresh = small(**changes)
-        again = convert(make("Llama"), calibration=kept, **changes)
+        again = convert(make("Llama"), calibration=kept, **{"background": True, **changes})
         assert again.options == fresh.options
         assert again.report["keys"] == pytest.approx(fresh.report["keys"])
         assert again.report["estimated_divergence"] == pytest.approx(fresh.report["estimated_divergence"], rel=1e-5)

@@ -47,7 +47,9 @@ def convert_command(
     share: Annotated[
         int | None, typer.Option(min=1, help="Most queries that share a choice; 1 allows decoding with a cache.")
     ] = None,
-    background: Annotated[bool, typer.Option(help="A cell of everything far for every head that it helps.")] = True,
+    background: Annotated[
+        bool, typer.Option("--background", help="A cell of everything far for heads whose estimated error it lowers.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampled queries; equal seeds choose alike.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
 ) -> None:

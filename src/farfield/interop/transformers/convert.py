@@ -54,7 +54,7 @@ def convert(
     menu: Sequence[Pyramid | None] | None = None,
     block: int = BLOCK,
     sinks: int = SINKS,
-    background: bool = True,
+    background: bool = False,
     queries: int = 64,
     pieces: int = 4,
     seed: int = 0,
@@ -72,7 +72,7 @@ def convert(
         error: instead of ``keys``, the highest estimated divergence from the original, in nats per token.
         dense_layers: layers that stay exact; they count as a whole context each.
         max_share: leave out settings whose choice more queries share; with 1 the model can be decoded with a cache.
-        background: give every head for which it helps a background cell (:class:`farfield.far.ByHead`).
+        background: give every head for which the estimate falls a background cell (:class:`farfield.far.ByHead`).
 
     Returns:
         The choice. Deterministic for equal arguments on one machine.
@@ -91,7 +91,7 @@ def convert(
         with_sinks = [p if p is None else replace(p, sinks=sinks) for p in chosen]
         offered = [p for p in with_sinks if p is None or p.share <= (max_share or p.share)]
         calibration = calibrate(
-            model, windows, menu=offered, biases=BIASES if background else (None,), block=block, sinks=sinks,
+            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks,
             queries=queries, pieces=pieces, seed=seed, progress=progress,
         )  # fmt: skip
     if calibration.errors.shape[2:] != shape:
