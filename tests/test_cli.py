@@ -72,6 +72,14 @@ def test_version(invoke: Callable[..., Result]) -> None:
     assert invoke("--version").output.strip() == farfield.__version__
 
 
+@pytest.mark.parametrize(
+    ("command", "default"), [("train", "4096"), ("convert", "0.12"), ("study", "98304"), ("bench", "in 1-D")]
+)
+def test_help_says_defaults(command: str, default: str, invoke: Callable[..., Result]) -> None:
+    """Square brackets in a help text are markup, and would not be shown."""
+    assert f"(default: {default})" in invoke(command, "--help").output
+
+
 def test_commands_bring_in_nothing_heavy_before_they_run() -> None:
     code = (
         "import sys, farfield; before = set(sys.modules); import farfield.cli; farfield.cli.build_app();"

@@ -43,19 +43,19 @@ def bench_command(
         str, typer.Option(metavar="MODE,MODE", help="forward, backward (forward and backward), decode.")
     ] = "forward,backward",
     causal: Annotated[
-        bool | None, typer.Option("--causal/--no-causal", help="Hide later tokens. [default: in 1-D]")
+        bool | None, typer.Option("--causal/--no-causal", help="Hide later tokens. (default: in 1-D)")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Channels per head.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of every case.")] = 5,
     limit: Annotated[str, typer.Option(metavar="TIME", help="A call predicted to take longer is left out.")] = "20s",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print FLOPs, bytes and least time by the cost model; run no attention.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the results. [default: runs/bench-DATE-TIME]")
+        Path | None, typer.Option("--out", "-o", help="Folder of the results. (default: runs/bench-DATE-TIME)")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the finished cases in --out.")] = False,
 ) -> None:

@@ -49,13 +49,13 @@ def compare_command(
     context: Annotated[int, typer.Option(min=1, help="Text: bytes seen at once.")] = 4096,
     budget: Annotated[
         float | None,
-        typer.Option(parser=duration_option, metavar="TIME", help="Training time of each run: 60s, 2m. [default: 60s]"),
+        typer.Option(parser=duration_option, metavar="TIME", help="Training time of each run: 60s, 2m. (default: 60s)"),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Equal steps instead of equal time.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per attention; several give the spread.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the report. [default: runs/compare-DATE-TIME]")
+        Path | None, typer.Option("--out", "-o", help="Folder of the report. (default: runs/compare-DATE-TIME)")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the finished runs in --out, make the others.")] = False,
     dim: Annotated[int, typer.Option(min=1, help="Text: width of the model.")] = 128,
@@ -64,13 +64,13 @@ def compare_command(
     block: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Leaf block (per axis), for the recipes that have one. [default: text 64, images and fields 4]"
+            min=1, help="Leaf block (per axis), for the recipes that have one. (default: text 64, images and fields 4)"
         ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Summaries per group (per axis), for the recipes that have them. [default: 8; 2; in 3-D 1]"
+            min=1, help="Summaries per group (per axis), for the recipes that have them. (default: 8; 2; in 3-D 1)"
         ),
     ] = None,
     option: Annotated[
@@ -80,11 +80,11 @@ def compare_command(
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Examples per step. [default: text 1, images by class 32, others 8]")
+        int | None, typer.Option(min=1, help="Examples per step. (default: text 1, images by class 32, others 8)")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     eval_tokens: Annotated[int, typer.Option(min=1, help="Text: held-out bytes to predict.")] = 98304,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Measure one layer by length, too.")] = True,
     cost_budget: Annotated[str, typer.Option(metavar="TIME", help="Time for measuring one layer by length.")] = "45s",
     size: Annotated[
@@ -113,7 +113,7 @@ def compare_command(
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Images, fields: held-out examples to test on at most.")] = 1000,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Images, fields: processes that read ahead. [default: images 1, fields 0]")
+        int | None, typer.Option(min=0, help="Images, fields: processes that read ahead. (default: images 1, fields 0)")
     ] = None,
 ) -> None:
     """Train the same small model once per attention, and say which suits this text, these images or these fields.

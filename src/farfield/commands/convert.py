@@ -35,7 +35,7 @@ def convert_command(
     ] = None,
     keys: Annotated[
         float | None,
-        typer.Option(help=f"Keys read per query, as a share of the mean context. [default: {_DEFAULT_KEYS}]"),
+        typer.Option(help=f"Keys read per query, as a share of the mean context. (default: {_DEFAULT_KEYS})"),
     ] = None,
     error: Annotated[
         float | None, typer.Option(help="Instead of --keys: the highest estimated divergence, in nats per token.")
@@ -51,7 +51,7 @@ def convert_command(
         bool, typer.Option("--background", help="A cell of everything far for heads whose estimated error it lowers.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampled queries; equal seeds choose alike.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
 ) -> None:
     """Give every head the cheapest far field that keeps the model's answers, as calibration text shows them.
 

@@ -64,7 +64,7 @@ def distill_command(
     recompute: Annotated[bool, typer.Option(help="Less memory: compute layers again for the gradient.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of windows, their order, and the low-rank changes.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
 ) -> None:
     """Bring a converted model nearer to its original: refit output projections, then train low-rank changes.
 

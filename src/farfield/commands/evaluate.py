@@ -54,7 +54,7 @@ def eval_command(
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw perplexity by length: PNG, SVG or PDF file.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
 ) -> None:
     """Perplexity by context length, keys read, seconds and state size, of a model and of the original side by side.
 

@@ -34,14 +34,14 @@ def show_command(
     grid: Annotated[
         str | None, typer.Option(metavar="HxW", help="An image, such as 32x32, instead of a sequence.")
     ] = None,
-    block: Annotated[int | None, typer.Option(min=1, help="Leaf block. [default: 16; 4 for a grid]")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Summaries per group. [default: 4; 2 for a grid]")] = None,
+    block: Annotated[int | None, typer.Option(min=1, help="Leaf block. (default: 16; 4 for a grid)")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Summaries per group. (default: 4; 2 for a grid)")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", metavar="NAME=VALUE", help="Another option of the recipe; repeatable."),
     ] = None,
     causal: Annotated[
-        bool | None, typer.Option("--causal/--no-causal", help="Hide later tokens. [default: causal; not for a grid]")
+        bool | None, typer.Option("--causal/--no-causal", help="Hide later tokens. (default: causal; not for a grid)")
     ] = None,
     layer: Annotated[int, typer.Option(min=0, help="Index of the layer, for recipes that alternate.")] = 0,
     query: Annotated[

@@ -21,15 +21,15 @@ def simulate_command(
     ] = "4096",
     stride: Annotated[
         list[str] | None,
-        typer.Option(metavar="S[xS..]", help="Queries that share a window; repeatable, one row each. [default: 1]"),
+        typer.Option(metavar="S[xS..]", help="Queries that share a window; repeatable, one row each. (default: 1)"),
     ] = None,
     dilation: Annotated[str, typer.Option(metavar="D[xD..]", help="A window holds every D-th token.")] = "1",
     causal: Annotated[bool, typer.Option("--causal", help="Hide later tokens, on every axis.")] = False,
     query_tile: Annotated[
-        str | None, typer.Option(metavar="T[xT..]", help="Queries of a tile. [default: 128, 16x16, 4x8x8]")
+        str | None, typer.Option(metavar="T[xT..]", help="Queries of a tile. (default: 128, 16x16, 4x8x8)")
     ] = None,
     key_tile: Annotated[
-        str | None, typer.Option(metavar="T[xT..]", help="Keys of a tile. [default: 128, 16x8, 2x8x8]")
+        str | None, typer.Option(metavar="T[xT..]", help="Keys of a tile. (default: 128, 16x8, 2x8x8)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[

@@ -36,13 +36,13 @@ def study_command(
         typer.Option(metavar="LABEL=RECIPE[:NAME=VALUE...]", help="An attention and its options; repeatable."),
     ] = None,
     contexts: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Bytes seen at once, such as 2048,4096. [default: 2048]")
+        str | None, typer.Option(metavar="N,N", help="Bytes seen at once, such as 2048,4096. (default: 2048)")
     ] = None,
-    batches: Annotated[str | None, typer.Option(metavar="N,N", help="Sequences per step. [default: 1]")] = None,
-    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Such as 0,1,2. [default: 0]")] = None,
+    batches: Annotated[str | None, typer.Option(metavar="N,N", help="Sequences per step. (default: 1)")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Such as 0,1,2. (default: 0)")] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="next: predict the next byte. masked: hidden ones, from both sides. [default: next]"),
+        typer.Option(help="next: predict the next byte. masked: hidden ones, from both sides. (default: next)"),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each run.")] = None,
     budget: Annotated[
@@ -57,30 +57,30 @@ def study_command(
         bool, typer.Option("--pace-only", help="Measure the time of a step of every variant, in turn, and stop there.")
     ] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Or bytes that each run reads.")] = None,
-    dim: Annotated[int | None, typer.Option(min=1, help="Width of the model. [default: 128]")] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Layers. [default: 4]")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads. [default: 4]")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Width of the model. (default: 128)")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Layers. (default: 4)")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads. (default: 4)")] = None,
     ramp: Annotated[
         str | None,
         typer.Option(metavar="NxB:STEPS,...", help="Before the budget, such as 512x2:600: steps on shorter windows."),
     ] = None,
     ramps: Annotated[
         Path | None,
-        typer.Option(help="Where states after the ramp are kept, for several studies. [default: DIR/ramps]"),
+        typer.Option(help="Where states after the ramp are kept, for several studies. (default: DIR/ramps)"),
     ] = None,
     shift: Annotated[
         bool | None,
-        typer.Option("--shift/--no-shift", help="Every position also reads the token before it. [default: no-shift]"),
+        typer.Option("--shift/--no-shift", help="Every position also reads the token before it. (default: no-shift)"),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     embedding_lr: Annotated[
-        float | None, typer.Option(help="Rate of embeddings over that of the rest. [default: 1]")
+        float | None, typer.Option(help="Rate of embeddings over that of the rest. (default: 1)")
     ] = None,
-    eval_tokens: Annotated[int | None, typer.Option(min=1, help="Held-out bytes to read. [default: 98304]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the processor. [default: torch's]")] = None,
+    eval_tokens: Annotated[int | None, typer.Option(min=1, help="Held-out bytes to read. (default: 98304)")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the processor. (default: torch's)")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of runs and results. [default: runs/study-DATE-TIME]")
+        Path | None, typer.Option("--out", "-o", help="Folder of runs and results. (default: runs/study-DATE-TIME)")
     ] = None,
 ) -> None:
     """Train one small language model for every variant, context, batch and seed, with equal steps, time or bytes.

@@ -32,24 +32,24 @@ def train_command(
         typer.Argument(metavar="[PATH]...", help="Files, folders, globs. Default: Python's standard library."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")] = Path("runs/train"),
-    attention: Annotated[str | None, typer.Option(help="A recipe, see `farfield recipes`. [default: fma]")] = None,
+    attention: Annotated[str | None, typer.Option(help="A recipe, see `farfield recipes`. (default: fma)")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the recipe; repeatable.")
     ] = None,
-    context: Annotated[int | None, typer.Option(help="Bytes seen at once. [default: 4096]")] = None,
+    context: Annotated[int | None, typer.Option(help="Bytes seen at once. (default: 4096)")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps to take.")] = None,
     budget: Annotated[
         float | None,
-        typer.Option(parser=duration_option, metavar="TIME", help="Training time: 60s, 2m, 1h. [default: 60s]"),
+        typer.Option(parser=duration_option, metavar="TIME", help="Training time: 60s, 2m, 1h. (default: 60s)"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the checkpoint in --out.")] = False,
-    dim: Annotated[int | None, typer.Option(help="Width. [default: 128]")] = None,
-    depth: Annotated[int | None, typer.Option(help="Blocks. [default: 4]")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads. [default: 4]")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences per step. [default: 1]")] = None,
+    dim: Annotated[int | None, typer.Option(help="Width. (default: 128)")] = None,
+    depth: Annotated[int | None, typer.Option(help="Blocks. (default: 4)")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads. (default: 4)")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per step. (default: 1)")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of parameters and data order. [default: 0]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of parameters and data order. (default: 0)")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
 ) -> None:
     """Train one byte-level language model to a checkpoint: DIR/config.json and DIR/checkpoint.safetensors.
 
