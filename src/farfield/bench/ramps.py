@@ -8,13 +8,10 @@ same numbers, up to rounding of the rate.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from farfield.training.files import write_atomically
 from farfield.training.loop import Trainer
@@ -25,7 +22,7 @@ __all__ = ["ramp_file", "take_ramp"]
 def ramp_file(folder: Path, key: Mapping[str, Any]) -> Path:
     """Where the state after a ramp lies; ``key`` is every setting that it depends on, as JSON."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return folder / f"{digest[:24]}.pt"
+    return folder / f"{digest[:24]}.safetensors"
 
 
 def take_ramp(trainer: Trainer, steps: int, path: Path, run: Callable[[Callable[[], bool]], object]) -> None:
@@ -41,16 +38,19 @@ def take_ramp(trainer: Trainer, steps: int, path: Path, run: Callable[[Callable[
         ValueError: when the file is no such state.
         OSError: when it cannot be written.
     """
+    # Here, so that a study without ramps needs no safetensors.
+    from safetensors import SafetensorError
+    from safetensors.torch import load, save
+
     if path.exists():
         try:
-            trainer.load_state_dict(torch.load(path, weights_only=True))
-        except Exception as error:  # torch raises many kinds for damaged files
+            trainer.load_state_dict(load(path.read_bytes()))
+        except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not the state after a ramp ({error}); delete it") from error
         if trainer.step != steps:
             raise ValueError(f"{path} ends after {trainer.step} steps, the ramp has {steps}; delete it")
         return
     run(lambda: trainer.step >= steps)
     if trainer.step == steps:
-        buffer = io.BytesIO()
-        torch.save(trainer.state_dict(), buffer)
-        write_atomically(path, buffer.getvalue())
+        state = {name: tensor.contiguous() for name, tensor in trainer.state_dict().items()}
+        write_atomically(path, save(state))
