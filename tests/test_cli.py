@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import farfield
-from farfield.cli import build_app
 from farfield.training import checkpoint
 
 SOURCES = Path(farfield.__file__).parents[1]
@@ -41,16 +40,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("near field, far field, level, group, cell\n" * 300)
     return path
-
-
-@pytest.fixture
-def invoke() -> Callable[..., Result]:
-    """The program inside this process: quicker, for the many kinds of bad input."""
-
-    def run(*arguments: object) -> Result:
-        return CliRunner().invoke(build_app(), list(map(str, arguments)), env={"COLUMNS": "240", "NO_COLOR": "1"})
-
-    return run
 
 
 @pytest.fixture

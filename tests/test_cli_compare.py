@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import farfield
-from farfield.cli import build_app
 
 SOURCES = str(Path(farfield.__file__).parents[1])
 ENVIRONMENT = {
@@ -39,14 +38,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "my text.txt"
     path.write_text("near field, far field, level, group, cell, rank, summary\n" * 200)
     return path
-
-
-@pytest.fixture
-def invoke() -> Callable[..., Result]:
-    def run(*arguments: object) -> Result:
-        return CliRunner().invoke(build_app(), list(map(str, arguments)), env={"COLUMNS": "240", "NO_COLOR": "1"})
-
-    return run
 
 
 def test_compare_reports_and_resumes(text: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:

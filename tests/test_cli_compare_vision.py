@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import farfield
-from farfield.cli import build_app
 from support.vision_data import encoded, folder_by_class, labelled_archive, mask_archive, picture
 
 ENVIRONMENT = {
@@ -32,14 +31,6 @@ ENVIRONMENT = {
 PROGRAM = [sys.executable, "-W", "error", "-m", "farfield.cli"]
 TINY = ["--widths", "16,16", "--depths", "1,1", "--head-dim", "16", "--block", "2", "--rank", "1", "--workers", "0"]
 TWO = ["--attention", "window,fma", "--batch", "4"]
-
-
-@pytest.fixture
-def invoke() -> Callable[..., Result]:
-    def run(*arguments: object) -> Result:
-        return CliRunner().invoke(build_app(), list(map(str, arguments)), env={"COLUMNS": "240", "NO_COLOR": "1"})
-
-    return run
 
 
 def pairs(path: Path) -> Path:

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
-from farfield.cli import build_app  # noqa: E402 (needs what was checked above)
 from farfield.interop.transformers.evaluate import passkey, passkey_prompt  # noqa: E402
 from farfield.interop.transformers.texts import spread, windows  # noqa: E402
 from support.tiny_models import make  # noqa: E402
@@ -37,14 +36,6 @@ def text(tmp_path: Path) -> Path:
     with lzma.open(path, "wt", encoding="utf-8") as file:
         file.write(LINES)
     return path
-
-
-@pytest.fixture
-def invoke() -> Callable[..., Result]:
-    def run(*arguments: object) -> Result:
-        return CliRunner().invoke(build_app(), list(map(str, arguments)), env={"COLUMNS": "240", "NO_COLOR": "1"})
-
-    return run
 
 
 def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:

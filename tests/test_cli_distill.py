@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 pytest.importorskip("peft", reason="peft is not installed (extra 'distill')")
 
-from farfield.cli import build_app  # noqa: E402 (needs what was checked above)
 from farfield.commands import distill  # noqa: E402
 from farfield.commands.interrupt import Interruption  # noqa: E402
 from farfield.interop.transformers import configure, register  # noqa: E402
@@ -48,14 +47,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(LINES)
     return path
-
-
-@pytest.fixture
-def invoke() -> Callable[..., Result]:
-    def run(*arguments: object) -> Result:
-        return CliRunner().invoke(build_app(), list(map(str, arguments)), env={"COLUMNS": "240", "NO_COLOR": "1"})
-
-    return run
 
 
 SMALL = ("--length", 300, "--windows", 3, "--refit-windows", 1, "--lora", 2, "--lr", 0.01, "--device", "cpu")

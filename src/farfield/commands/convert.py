@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farfield.commands.options import device_option, in_words, probe
+from farfield.commands.progress import Stages
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import Tensor
 
 __all__ = ["convert_command"]
@@ -83,10 +83,11 @@ def convert_command(
     spans: list[Tensor] = []
     for path, content in read_texts.items():
         spans += texts.spread(pretrained.tokenizer, content, length, windows, seed, str(path))
-    with _Progress(console) as told:
+    with Stages(console) as told:
         conversion = convert(
             pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact, max_share=share,
-            background=background, queries=queries, seed=seed, progress=told,
+            background=background, queries=queries, seed=seed,
+            progress=lambda stage, done, total: told(stage, done / total, f"{done} of {total}"),
         )  # fmt: skip
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])
     report = conversion.report
@@ -108,35 +109,3 @@ def _numbers(text: str) -> list[int]:
     if not all(piece.isdecimal() for piece in pieces):
         raise ValueError(f"{text!r} are no layers; write their numbers like 0,1")
     return [int(piece) for piece in pieces]
-
-
-class _Progress:
-    """Told of every step: a bar on a terminal, a line for every quarter of a stage elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = console
-        self.bar: Any = None
-        self.tasks: dict[str, Any] = {}
-        if console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self.bar = Progress(*columns, console=console)
-
-    def __enter__(self) -> _Progress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self.bar is None:
-            if done * 4 // total > (done - 1) * 4 // total:
-                self.console.print(f"{stage}: {done} of {total}")
-            return
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(stage, total=total)
-        self.bar.update(self.tasks[stage], completed=done)

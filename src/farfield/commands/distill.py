@@ -15,6 +15,7 @@ import typer
 from farfield.commands.errors import INTERRUPTED
 from farfield.commands.interrupt import Interruption
 from farfield.commands.options import device_option, in_words, probe
+from farfield.commands.progress import Stages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +116,7 @@ def distill_command(
         states.load(settings)
     states.begin(settings)
     try:
-        with Interruption() as interruption, _Progress(console) as told:
+        with Interruption() as interruption, Stages(console) as told:
             report = work.run(told, interruption, states.save)
     except BaseException:
         states.remove_empty()
@@ -258,37 +259,3 @@ def _sentence(report: dict[str, Any]) -> str:
         gave = ", ".join(f"{name} gave {report[name]['divergence']:.5f}" for name in undone)
         told += f"; undone, since it was no better: {gave}"
     return told if apart["after"] < apart["before"] else f"{told}; the model is as it was"
-
-
-class _Progress:
-    """Told of every step: a bar on a terminal, a line for every tenth of a stage elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = console
-        self.bar: Any = None
-        self.tasks: dict[str, Any] = {}
-        self.printed: dict[str, float] = {}
-        if console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[word]}")
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
-
-    def __enter__(self) -> _Progress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def __call__(self, stage: str, share: float, word: str) -> None:
-        if self.bar is None:
-            if share >= 1.0 or share >= self.printed.get(stage, -1.0) + 0.1:
-                self.printed[stage] = share
-                self.console.print(f"{stage}: {word}", soft_wrap=True)
-            return
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(stage, total=1.0, word=word)
-        self.bar.update(self.tasks[stage], completed=share, word=word)

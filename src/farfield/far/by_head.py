@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from farfield.far.pyramid import Pyramid
 from farfield.geometry import integers, per_axis
-from farfield.near.blocks import Blocks
+from farfield.near.blocks import Blocks, near_state
 from farfield.ops.background import BackgroundStream, background_state
 from farfield.ops.cache import Cache, join_rows
-from farfield.ops.multipole import multipole_attention
 from farfield.ops.multipole.stream import MultipoleStream, Weights
 from farfield.ops.opened.heads import HeadsStream, Opens
 from farfield.ops.state import AttentionState, merge_states
@@ -163,7 +162,7 @@ class _ByHead(StreamModule):
 
     def _all_heads(self, inputs: Inputs) -> AttentionState:
         """What all heads have in common: the near field and the background."""
-        near = self._near(inputs)
+        near = near_state(inputs, self.block, self.options.sinks or 0)
         return near if self.options.background is None else merge_states(near, self._background(inputs))
 
     def _background(self, inputs: Inputs) -> AttentionState:
@@ -187,29 +186,6 @@ class _ByHead(StreamModule):
     def _biases(self, like: Tensor) -> Tensor:
         biases = self.options.background or ()
         return torch.tensor([-torch.inf if b is None else b for b in biases], device=like.device)
-
-    def _near(self, inputs: Inputs) -> AttentionState:
-        """Blocks and sinks, for all heads."""
-        sinks = self.options.sinks
-        assert sinks is not None
-        return AttentionState(
-            *multipole_attention(
-                inputs.rotated_q,
-                inputs.rotated_k,
-                inputs.v,
-                grid=inputs.grid,
-                block=self.block,
-                rank=1,
-                causal=inputs.causal,
-                key_mask=inputs.key_mask,
-                cu_seqlens=inputs.cu_seqlens,
-                scale=inputs.scale,
-                sinks=sinks,
-                dropout=inputs.dropout,
-                return_lse=True,
-                part="near",
-            )
-        )
 
     def _joined(self, near: AttentionState, far: list[AttentionState], heads: list[int]) -> AttentionState:
         """The far fields of groups, one after the other of ``heads``, merged into the near field of these heads."""

@@ -48,6 +48,28 @@ class Blocks(NearPart):
         return _Blocks(per_axis(self.block, spec.dims, "block"))
 
 
+def near_state(inputs: Inputs, block: tuple[int, ...], sinks: int = 0) -> AttentionState:
+    """Attention to own and adjacent leaf blocks and the leading ``sinks`` tokens, with its log-sum-exp."""
+    return AttentionState(
+        *multipole_attention(
+            inputs.rotated_q,
+            inputs.rotated_k,
+            inputs.v,
+            grid=inputs.grid,
+            block=block,
+            rank=1,
+            causal=inputs.causal,
+            key_mask=inputs.key_mask,
+            cu_seqlens=inputs.cu_seqlens,
+            scale=inputs.scale,
+            sinks=sinks,
+            dropout=inputs.dropout,
+            return_lse=True,
+            part="near",
+        )
+    )
+
+
 class _Blocks(StreamModule):
     def __init__(self, block: tuple[int, ...]) -> None:
         super().__init__()
@@ -55,22 +77,7 @@ class _Blocks(StreamModule):
 
     def forward(self, inputs: Inputs) -> AttentionState:
         """Attention with its log-sum-exp."""
-        out, lse = multipole_attention(
-            inputs.rotated_q,
-            inputs.rotated_k,
-            inputs.v,
-            grid=inputs.grid,
-            block=self.block,
-            rank=1,
-            causal=inputs.causal,
-            key_mask=inputs.key_mask,
-            cu_seqlens=inputs.cu_seqlens,
-            scale=inputs.scale,
-            dropout=inputs.dropout,
-            return_lse=True,
-            part="near",
-        )
-        return AttentionState(out, lse)
+        return near_state(inputs, self.block)
 
     def _stream(self, rewind: int) -> MultipoleStream:
         return MultipoleStream(self.block[0], 1, None, False, 0, "near", rewind)

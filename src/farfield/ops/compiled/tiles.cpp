@@ -1410,20 +1410,6 @@ extern "C" int farfield_descend(const Descent* descent) {
 
 // Decoding -----------------------------------------------------------------------------------------------------------
 
-static inline float dot(const float* a, const float* b, int64_t n) {
-  Vector x{}, y{};
-  int64_t d = 0;
-  for (; d + 2 * LANES <= n; d += 2 * LANES) {
-    x += load(a + d) * load(b + d);
-    y += load(a + d + LANES) * load(b + d + LANES);
-  }
-  x += y;
-  float sum = 0.0f;
-  for (int j = 0; j < LANES; j++) sum += x[j];
-  for (; d < n; d++) sum += a[d] * b[d];
-  return sum;
-}
-
 // A step of decoding. Every row of [batch, heads] reads, in one softmax: sinks and near field; the tokens of the pages that
 // its leader opens, by a choice among the cells of one level and then among the pages under those; its background cell.
 struct Step {
@@ -1441,60 +1427,59 @@ struct Step {
 // What a row of the table says. A bank of -1: the keys themselves.
 enum { KEY_HEAD, CELL_BANK, CELL_ROW, PAGE_BANK, PAGE_ROW, CELL, PAGE, BEAM, OPEN, SHARE, BOUNDS, COUNT, HEAD };
 
-// One number for score and place: what is larger comes first, and of equal scores the first.
-static inline uint64_t ranked(float score, int64_t place) {
-  const uint32_t u = to_bits(score + 0.0f), order = u >> 31 ? ~u : u | 0x80000000u;
-  return (uint64_t)order << 32 | (uint32_t)(0xffffffffu - (uint32_t)place);
-}
-
-// The ``count`` first of them, by place.
-static void first(std::vector<uint64_t>& all, int64_t count) {
-  if ((int64_t)all.size() > count) {
-    std::nth_element(all.begin(), all.begin() + count, all.end(), [](uint64_t a, uint64_t b) { return a > b; });
-    all.resize(count);
-  }
-  for (uint64_t& x : all) x = 0xffffffffu - (uint32_t)x;
-  std::sort(all.begin(), all.end());
-}
-
 struct StepMemory {
-  std::vector<uint64_t> chosen, under;
-  std::vector<float> leader, weight;
-  std::vector<const float*> value;
+  std::vector<const float*> row, value;
+  std::vector<float> leader, score, weight;
+  std::vector<int64_t> number, chosen;
+  std::vector<int32_t> order;
 };
+
+// to[i] = x . row[i]; both grow to whole vectors.
+static void products(const float* x, std::vector<const float*>& row, int64_t dim, std::vector<float>& to) {
+  const int64_t n = row.size();
+  row.resize(up_to(n, LANES), n ? row.back() : nullptr);
+  to.resize(row.size());
+  for (int64_t i = 0; i < n; i += LANES) dots(x, 1, &row[i], dim, &to[i], 0);
+  row.resize(n);
+}
+
+// Leaves the ``count`` largest of the cells m.number of a bank in m.chosen, by the scores that a prefill gives them.
+static void choose_cells(const Step& c, int64_t b, const int64_t* t, int64_t bank, int64_t of, int64_t tokens,
+                         int64_t count, const float* asked, StepMemory& m) {
+  const int64_t n = m.number.size(), wide = t[BOUNDS] && bank >= 0 ? 2 * c.dim : c.dim;
+  const float* const from = bank < 0 ? c.keys + (b * c.shared + t[KEY_HEAD]) * c.room * c.dim
+                                     : c.banks[bank] + (b * c.bank_of[bank] + of) * c.bank_room[bank] * wide;
+  m.leader.resize(wide);
+  for (int64_t d = 0; d < c.dim; d++) {
+    const float x = asked[d] * c.scale;
+    m.leader[d] = wide > c.dim && x < 0.0f ? 0.0f : x;
+    if (wide > c.dim) m.leader[c.dim + d] = x > 0.0f ? 0.0f : x;
+  }
+  m.row.clear();
+  for (const int64_t i : m.number) m.row.push_back(from + i * wide);
+  products(m.leader.data(), m.row, wide, m.score);
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t left = tokens - std::max<int64_t>(0, std::min(tokens, c.sinks - m.number[i] * tokens));
+    m.score[i] = left > 0 ? m.score[i] + (t[COUNT] ? std::log((float)left) : 0.0f) : NONE;
+  }
+  m.order.resize(up_to(n, LANES));
+  m.chosen.resize(std::min(n, count));
+  m.chosen.resize(largest(m.score.data(), n, count, m.order.data(), m.chosen.data()));
+  for (int64_t& i : m.chosen) i = m.number[i];
+}
 
 static void choose_pages(const Step& c, int64_t b, int64_t h, StepMemory& m) {
   const int64_t* const t = c.table + h * HEAD;
-  const int64_t visible = std::max<int64_t>(0, c.at / c.block - 1) * c.block, share = t[SHARE];
-  m.leader.resize(2 * c.dim);
+  const int64_t visible = std::max<int64_t>(0, c.at / c.block - 1) * c.block, share = t[SHARE], per = t[CELL] / t[PAGE];
   const float* const asked = c.queries + ((b * c.heads + h) * c.ring + c.at / share * share % c.ring) * c.dim;
-  const auto score = [&](int64_t bank, int64_t row, int64_t number, int64_t tokens, std::vector<uint64_t>& to) {
-    const int64_t left = tokens - std::max<int64_t>(0, std::min(tokens, c.sinks - number * tokens));
-    if (left <= 0) return;
-    float s = t[COUNT] ? std::log((float)left) : 0.0f;
-    if (bank < 0) {
-      const float* const key = c.keys + ((b * c.shared + t[KEY_HEAD]) * c.room + number) * c.dim;
-      s += dot(asked, key, c.dim) * c.scale;
-    } else {
-      const int64_t wide = t[BOUNDS] ? 2 * c.dim : c.dim;
-      s += dot(m.leader.data(), c.banks[bank] + ((b * c.bank_of[bank] + row) * c.bank_room[bank] + number) * wide, wide);
-    }
-    if (s != NONE) to.push_back(ranked(s, number));
-  };
-  for (int64_t d = 0; d < c.dim; d++) {
-    const float x = asked[d] * c.scale;
-    m.leader[d] = t[BOUNDS] && x < 0.0f ? 0.0f : x;
-    m.leader[c.dim + d] = x > 0.0f ? 0.0f : x;
-  }
-  const int64_t per = t[CELL] / t[PAGE];
-  for (int64_t i = 0; i < visible / t[CELL]; i++) score(t[CELL_BANK], t[CELL_ROW], i, t[CELL], m.chosen);
-  first(m.chosen, per > 1 ? t[BEAM] : t[OPEN]);
+  m.number.clear();
+  for (int64_t i = 0; i < visible / t[CELL]; i++) m.number.push_back(i);
+  choose_cells(c, b, t, t[CELL_BANK], t[CELL_ROW], t[CELL], per > 1 ? t[BEAM] : t[OPEN], asked, m);
   if (per == 1) return;
-  m.under.clear();
-  for (const uint64_t cell : m.chosen)
-    for (int64_t i = 0; i < per; i++) score(t[PAGE_BANK], t[PAGE_ROW], (int64_t)cell * per + i, t[PAGE], m.under);
-  first(m.under, t[OPEN]);
-  m.chosen.swap(m.under);
+  m.number.clear();
+  for (const int64_t cell : m.chosen)
+    for (int64_t i = 0; i < per; i++) m.number.push_back(cell * per + i);
+  choose_cells(c, b, t, t[PAGE_BANK], t[PAGE_ROW], t[PAGE], t[OPEN], asked, m);
 }
 
 static void step_row(const Step& c, int64_t b, int64_t h, StepMemory& m) {
@@ -1503,28 +1488,28 @@ static void step_row(const Step& c, int64_t b, int64_t h, StepMemory& m) {
   const float *const query = c.query + (b * c.heads + h) * c.dim, *const key = c.keys + of * c.room * c.dim;
   const float* const value = c.values + of * c.room * c.dim;
   const float factor = c.scale * LOG2E;
-  m.weight.clear(), m.value.clear(), m.chosen.clear();
+  m.row.clear(), m.value.clear(), m.chosen.clear();
+  if (t[OPEN]) choose_pages(c, b, h, m);
+  m.row.clear();
   const auto see = [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) {
-      m.weight.push_back(dot(query, key + i * c.dim, c.dim) * factor);
-      m.value.push_back(value + i * c.dim);
-    }
+    for (int64_t i = from; i < to; i++) m.row.push_back(key + i * c.dim), m.value.push_back(value + i * c.dim);
   };
   see(0, std::min(c.sinks, start));
-  if (t[OPEN]) choose_pages(c, b, h, m);
-  for (const uint64_t page : m.chosen) see(std::max<int64_t>(c.sinks, (int64_t)page * t[PAGE]), ((int64_t)page + 1) * t[PAGE]);
+  for (const int64_t page : m.chosen) see(std::max(c.sinks, page * t[PAGE]), (page + 1) * t[PAGE]);
   see(start, c.at + 1);
   const int64_t far = start - c.sinks;
   const bool background = c.sums && far > 0 && c.biases[h] != NONE;
   if (background) {
     const float* const sum = c.sums + (of * c.places + (number - 1) % c.places) * 2 * c.dim;
-    m.weight.push_back(dot(query, sum, c.dim) / (float)far * factor + (std::log((float)far) + c.biases[h]) * LOG2E);
-    m.value.push_back(sum + c.dim);
+    m.row.push_back(sum), m.value.push_back(sum + c.dim);
   }
-  const int64_t n = m.weight.size();
+  const int64_t n = m.row.size();
+  products(query, m.row, c.dim, m.weight);
+  for (int64_t i = 0; i < n; i++) m.weight[i] *= factor;
+  if (background) m.weight[n - 1] = m.weight[n - 1] / (float)far + (std::log((float)far) + c.biases[h]) * LOG2E;
+  std::fill(m.weight.begin() + n, m.weight.end(), NONE);
   float most = NONE, total = 0.0f;
   for (const float s : m.weight) most = s > most || s != s ? s : most;
-  m.weight.resize(up_to(n, LANES), NONE);
   for (int64_t i = 0; i < n; i += LANES) put(&m.weight[i], exp2_of(load(&m.weight[i]) - most));
   for (int64_t i = 0; i < n; i++) total += m.weight[i];
   if (background) m.weight[n - 1] /= (float)far;  // the sum becomes a mean
