@@ -190,6 +190,8 @@ class VisionSettings:
                 listed = "; ".join(f"{name}: {options}" for name, options in known.items())
                 raise ValueError(f"no attention here has an option {option!r}; options are {listed}")
         self.train_config(data, self.first_seed)
+        if self.latent and data.task != "operator":
+            raise ValueError(f"latent=True is for fields; {data.source} holds images")
         for name in self.attentions:
             try:
                 model = VisionModel(self.model_config(name, data)).to(self.device)

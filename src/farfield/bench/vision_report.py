@@ -11,8 +11,8 @@ The JSON file, format ``farfield-vision-compare/1``::
                   pairs [{best, other, difference (how much worse), yardstick, kind, clear}]
     settings      of the command, see farfield.bench.vision.VisionSettings
     data          source, fingerprint, task, metric, classes, train and tests {resolution: examples}, grid, channels,
-                  outputs, yardsticks {simple answer: score}, skipped [files left out], bad [examples that could not
-                  be read, with the reason]
+                  outputs, yardsticks {answer that needs no training: score}, skipped [files left out], bad
+                  [examples that could not be read, with the reason]
     model         grids (of tokens, by stage)
     machine       processor, cores, threads, device, system, python, torch, farfield
     summary       per attention, see farfield.bench.vision_verdict.VisionSummary
@@ -41,7 +41,7 @@ from farfield.bench.vision_pictures import (
     patterns_of,
     predictions_figure,
 )
-from farfield.bench.vision_tables import class_rows, headings, resolution_rows, rows_of_vision
+from farfield.bench.vision_tables import class_rows, headings, resolution_rows, rows_of_vision, yardstick_rows
 from farfield.bench.vision_verdict import ranked_vision, summarise_vision, verdict_of_vision
 from farfield.data.examples import size_in_words
 from farfield.training.files import write_atomically, write_json
@@ -170,16 +170,22 @@ def to_html(outcome: VisionOutcome, pictures: dict[str, bytes]) -> str:
     if summaries:
         dots = [style[s.attention][0] for s in summaries]
         unmeasured = why_unmeasured(settings.device)
-        simple = ", ".join(f"{name} {outcome.metric.say(value)}" for name, value in data.yardsticks.items())
+        simple = yardstick_rows(outcome)
         note = (
             f"{outcome.metric.name} on held-out examples, {'more' if outcome.metric.higher else 'less'} is better; "
             "images per second and peak memory are those of training; memory is what training adds to the idle "
             "process" + (f" (not measured here: {unmeasured})" if unmeasured else "")
-            + (f". A simple answer: {simple}" if simple else "") + "."
+            + (". Rows without a colour are answers that need no training, on all held-out examples" if simple else "")
+            + "."
         )  # fmt: skip
         parts += [
             "<h2>Results</h2>",
-            html.table(headings(outcome), rows_of_vision(outcome, summaries), dots, len(summaries) > 1),
+            html.table(
+                headings(outcome),
+                [*rows_of_vision(outcome, summaries), *simple],
+                [*dots, *["transparent"] * len(simple)],
+                len(summaries) > 1,
+            ),
             f'<p class="note">{html.text(note)}</p>',
         ]
         heads, rows = resolution_rows(outcome, summaries)

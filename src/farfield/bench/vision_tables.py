@@ -12,7 +12,7 @@ from farfield.bench.tables import bytes_in_words
 from farfield.bench.vision import VisionOutcome
 from farfield.bench.vision_verdict import VisionSummary, ranked_vision
 
-__all__ = ["class_rows", "headings", "resolution_rows", "rows_of_vision", "vision_table"]
+__all__ = ["class_rows", "headings", "resolution_rows", "rows_of_vision", "vision_table", "yardstick_rows"]
 
 
 def headings(outcome: VisionOutcome, narrow: bool = False) -> list[str]:
@@ -46,6 +46,13 @@ def rows_of_vision(outcome: VisionOutcome, summaries: Sequence[VisionSummary]) -
     return rows
 
 
+def yardstick_rows(outcome: VisionOutcome) -> list[list[str]]:
+    """The cells of answers that need no training by :func:`headings`, best first."""
+    metric, rest = outcome.metric, len(headings(outcome)) - 2
+    ordered = sorted(outcome.data.yardsticks.items(), key=lambda item: item[1], reverse=metric.higher)
+    return [[name, metric.say(value), *["–"] * rest] for name, value in ordered]
+
+
 def resolution_rows(outcome: VisionOutcome, summaries: Sequence[VisionSummary]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of scores by resolution."""
     names = list(summaries[0].tests) if summaries else []
@@ -59,11 +66,13 @@ def class_rows(outcome: VisionOutcome, summaries: Sequence[VisionSummary]) -> tu
     return ["attention", *outcome.data.classes], rows
 
 
-def vision_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows for the terminal, the first of several in bold."""
+def vision_table(heads: Sequence[str], rows: Sequence[Sequence[str]], untrained: Sequence[Sequence[str]] = ()) -> Table:
+    """Rows for the terminal, the first of several in bold; below a line those that need no training."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for n, name in enumerate(heads):
-        table.add_column(name, justify="right" if n else "left", no_wrap=True)
+        table.add_column(name, justify="right" if n else "left", no_wrap=n > 0 or not untrained)
     for n, row in enumerate(rows):
-        table.add_row(*row, style="bold" if n == 0 and len(rows) > 1 else None)
+        table.add_row(*row, style="bold" if n == 0 and len(rows) > 1 else None, end_section=n == len(rows) - 1)
+    for row in untrained:
+        table.add_row(*row)
     return table

@@ -26,8 +26,8 @@ __all__ = ["compare_command"]
 _DEFAULT_BUDGET = 60.0
 _TEXT_ONLY = ("context", "dim", "depth", "heads", "eval_tokens")
 _VISION_ONLY = (
-    "size", "image_size", "test_sizes", "variables", "frames", "widths", "depths", "head_dim", "patch", "position",
-    "examples", "workers",
+    "size", "image_size", "test_sizes", "variables", "frames", "ahead", "fill", "transpose", "latent", "widths",
+    "depths", "head_dim", "patch", "position", "examples", "workers",
 )  # fmt: skip
 _KINDS = ("auto", "text", "images", "fields")
 
@@ -91,13 +91,33 @@ def compare_command(
         str, typer.Option(metavar="NAME", help="Images, fields: tiny, small, base, vit-tiny, vit-small, vit-base.")
     ] = "tiny",
     image_size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Images: size to train at. Single fields: size of the crops.")
+        str | None,
+        typer.Option(metavar="HxW", help="Images: size to train at. Single fields, --fill: size of the crops."),
     ] = None,
     test_sizes: Annotated[str | None, typer.Option(metavar="HxW,HxW", help="Images: further sizes to test at.")] = None,
     variables: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Fields: which arrays.")] = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Fields in time: frames read and predicted at once; above 1 in 3-D.")
+        int | None,
+        typer.Option(
+            min=1, help="Fields in time: frames read, and predicted without --ahead; above 1 in 3-D. (default: 1)"
+        ),
     ] = None,
+    ahead: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Fields in time: next frames to predict, such as 1 with --frames 12. (default: --frames)"
+        ),
+    ] = None,
+    fill: Annotated[
+        bool,
+        typer.Option("--fill", help="Fields with missing cells: fill holes in the frames of one variable."),
+    ] = False,
+    transpose: Annotated[
+        bool, typer.Option("--transpose", help="Square pairs: exchange the axes of training examples at random.")
+    ] = False,
+    latent: Annotated[
+        bool, typer.Option("--latent", help="Fields: the backbone works on the grid of training at every test size.")
+    ] = False,
     widths: Annotated[
         str | None, typer.Option(metavar="N,N", help="Images, fields: instead of those of --size.")
     ] = None,
@@ -140,7 +160,10 @@ def compare_command(
         from farfield.commands.compare_vision import compare_images_or_fields, open_data
 
         given = [Path(path) for path in paths or []]
-        data = open_data(kind, given, size=image_size, test_sizes=test_sizes, variables=variables, frames=frames)
+        data = open_data(
+            kind, given, size=image_size, test_sizes=test_sizes, variables=variables, frames=frames, ahead=ahead,
+            fill=fill, transpose=transpose,
+        )  # fmt: skip
         small = data.dims == 2
         defaults = {"block": 4, "rank": 2 if small else 1}
         asked = {name: value for name, value in (("block", block), ("rank", rank)) if value is not None}
@@ -157,6 +180,7 @@ def compare_command(
             patch=_patch(patch),
             position=position,
             options={**defaults, **asked, **recipe_options(option or [])},
+            latent=latent,
             batch=batch,
             lr=lr,
             examples=examples,
@@ -167,8 +191,10 @@ def compare_command(
         about: list[str] = [*(paths or []), "--kind", kind]
         for name, value in (
             ("image-size", image_size), ("test-sizes", test_sizes), ("variables", variables), ("frames", frames),
+            ("ahead", ahead),
         ):  # fmt: skip
             about += [] if value is None else [f"--{name}", str(value)]
+        about += [f"--{name}" for name, said in (("fill", fill), ("transpose", transpose)) if said]
         compare_images_or_fields(vision, data, about, folder, resume=resume)
         return
     from rich.console import Console

@@ -48,6 +48,9 @@ def open_data(
     test_sizes: str | None,
     variables: str | None,
     frames: int | None,
+    ahead: int | None,
+    fill: bool,
+    transpose: bool,
 ) -> VisionData:
     """The data set that the options describe.
 
@@ -59,15 +62,28 @@ def open_data(
 
     wanted = None if size is None else parse_size(size)
     if kind == "images":
-        for name, value in (("--variables", variables), ("--frames", frames)):
-            if value is not None:
-                raise ValueError(f"{name} is for fields; {paths[0]} holds images")
+        of_fields = {
+            "--variables": variables, "--frames": frames, "--ahead": ahead, "--fill": fill, "--transpose": transpose,
+        }  # fmt: skip
+        for name, value in of_fields.items():
+            if value:
+                raise ValueError(
+                    f"{name} is for fields; {paths[0]} holds images, for which --image-size and --test-sizes are"
+                )
         further = [parse_size(piece) for piece in (test_sizes or "").split(",") if piece.strip()]
         return open_images(paths, size=wanted, test_sizes=further)
     if test_sizes is not None:
         raise ValueError("--test-sizes is for images; fields are tested on the grids that their file holds")
     names = [piece.strip() for piece in (variables or "").split(",") if piece.strip()]
-    return open_grids(paths, variables=names, frames=1 if frames is None else frames, size=wanted)
+    return open_grids(
+        paths,
+        variables=names,
+        frames=1 if frames is None else frames,
+        ahead=ahead,
+        fill=fill,
+        transpose=transpose,
+        size=wanted,
+    )
 
 
 def compare_images_or_fields(
@@ -145,6 +161,7 @@ def command_line(given: Sequence[str], settings: VisionSettings, data: VisionDat
         said = value if isinstance(value, str) else json.dumps(value)
         plain = name in ("block", "rank") and isinstance(value, int)
         words += [f"--{name}", said] if plain else ["--option", f"{name}={said}"]
+    words += ["--latent"] if settings.latent else []
     words += ["--no-cost"] if settings.cost_seconds is None else ["--cost-budget", f"{settings.cost_seconds:g}"]
     return shlex.join([*words, "--out", str(folder)])
 
@@ -210,7 +227,13 @@ def _print_outcome(console: Console, outcome: VisionOutcome, folder: Path) -> No
     from rich.text import Text
 
     from farfield.bench.tables import cost_table
-    from farfield.bench.vision_tables import headings, resolution_rows, rows_of_vision, vision_table
+    from farfield.bench.vision_tables import (
+        headings,
+        resolution_rows,
+        rows_of_vision,
+        vision_table,
+        yardstick_rows,
+    )
     from farfield.bench.vision_verdict import ranked_vision, verdict_of_vision
 
     verdict = verdict_of_vision(outcome)
@@ -218,7 +241,9 @@ def _print_outcome(console: Console, outcome: VisionOutcome, folder: Path) -> No
     if outcome.runs:
         summaries = ranked_vision(outcome)
         console.print("[bold]held-out examples[/bold]" + (" (interrupted)" if outcome.interrupted else ""))
-        console.print(vision_table(headings(outcome, narrow=True), rows_of_vision(outcome, summaries)))
+        console.print(
+            vision_table(headings(outcome, narrow=True), rows_of_vision(outcome, summaries), yardstick_rows(outcome))
+        )
         heads, rows = resolution_rows(outcome, summaries)
         if len(heads) > 2:
             console.print("[bold]by resolution[/bold]")

@@ -91,7 +91,7 @@ class VisionData:
         mean, std, target_mean, target_std: statistics of the training examples, per channel.
         residual: whether a model should predict changes of its input, as of what comes next.
         ahead: steps of the first of three axes that the targets have; None where they have the grid of the input.
-        yardsticks: errors of simple answers by name, in the task's metric.
+        yardsticks: scores of answers that need no training by name, in the task's metric.
         source: in words, where the data are from.
         fingerprint: equal for equal data.
         skipped: one line for each file that was left out, with the reason.

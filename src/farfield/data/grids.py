@@ -7,8 +7,8 @@ What a file holds decides the question that is asked of it:
   axis.
 - *a series* of fields `[T, H, W]`, all of one shape: predict the next frame, or the next ``frames`` frames (or
   fewer, ``ahead``), from as many before them. The last fifth of the time is held out.
-- *a field* `[H, W]`, or with ``fill`` the frames of a series: fill in squares that are hidden, in crops of it. The
-  right fifth is held out.
+- *a field* `[H, W]`, or with ``fill`` the frames of a series with missing cells: fill in squares that are hidden, in
+  crops of it. The right fifth is held out.
 
 Values that are not finite are masked: no model reads them, and no error counts there.
 """
@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import numpy.typing as npt
 
 from farfield.data.arrays import read_arrays
 from farfield.data.examples import Example, Source, VisionData, size_in_words
+from farfield.data.yardsticks import crop_yardsticks, pair_yardsticks, series_yardsticks
 
 __all__ = ["Crops", "Pairs", "Series", "open_grids"]
 
@@ -128,12 +128,6 @@ class Crops:
         """Which crop."""
         return f"{self.label}, crop {index}"
 
-    def hidden(self, index: int) -> npt.NDArray[np.bool_]:
-        """The points `[H, W]` of a test crop that are hidden and known."""
-        example = self.get(index)
-        known = np.ones(self.grid, dtype=bool) if example.mask is None else np.asarray(example.mask)
-        return known & (np.asarray(example.x)[1] == 0)
-
     def get(self, index: int, rng: np.random.Generator | None = None) -> Example:
         """See :class:`farfield.data.examples.Source`."""
         chosen = np.random.default_rng((7, index)) if rng is None else rng
@@ -187,9 +181,11 @@ def open_grids(
         paths: one ``.npz``, ``.npz.xz`` or ``.nc`` file.
         variables: names of the arrays to take of a series or of several fields; all that fit together by default.
         frames: of a series, how many frames are read and predicted; above 1 the grid is (frames, H, W).
-        ahead: of a series, how many of them are predicted; all by default. Test examples may read frames of the
-            training part then, and are asked about later ones only.
-        fill: of a series of one variable, fill holes in its frames instead of predicting the next ones.
+        ahead: of a series, how many frames are predicted, at most ``frames``; as many by default. Where it is given
+            and ``frames`` above 1, test examples may read frames of the training part, and are asked about later ones
+            only.
+        fill: of a series of one variable with missing cells (values that are not finite, such as land), fill holes in
+            its frames instead of predicting the next ones.
         transpose: of pairs on square grids whose law is the same along both axes: exchange the axes of training
             examples at random, which doubles them.
         size: of a single field (or with ``fill``), height and width of the crops; 128 x 128 by default, less where it
@@ -199,14 +195,14 @@ def open_grids(
 
     Raises:
         FileNotFoundError: if a path names nothing.
-        ValueError: when the file holds nothing of the kinds above; the message lists what it holds.
+        ValueError: when the file holds nothing of the kinds above, or something else than the options are for; the
+            message lists what it holds.
+        ModuleNotFoundError: for NetCDF, and for holes, without scipy.
     """
     if len(paths) != 1:
         raise ValueError(f"give one file of fields, got {len(paths)}: {', '.join(str(p) for p in paths)}")
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
-    if ahead is not None and not (1 <= ahead <= frames and frames > 1):
-        raise ValueError(f"ahead={ahead} with frames={frames}: 1 to frames would be accepted, of at least 2 frames")
     path = paths[0]
     arrays = {name: values for name, values in read_arrays(path).items() if values.dtype.kind in "bifu"}
     listed = ", ".join(f"{name} {list(values.shape)}" for name, values in arrays.items()) or "nothing"
@@ -217,35 +213,55 @@ def open_grids(
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    # Other choices from the same arrays are other data, where neither grid nor channels would tell.
+    digest.update("".join(f"only {name}\n" for name in variables).encode() + b"transposed\n" * transpose)
     about: dict[str, Any] = {"source": str(path), "fingerprint": digest.hexdigest()}
+    asked = {
+        "frames": None if frames == 1 else frames,
+        "ahead": ahead,
+        "fill": fill or None,
+        "transpose": transpose or None,
+        "size": None if size is None else size_in_words(size),
+    }
     pairs = _pair_names(arrays)
     if pairs and not variables:
-        if frames != 1 or size is not None or fill:
-            raise ValueError(f"{path} holds pairs ({', '.join(pairs)}), which have neither frames nor crops")
+        _refuse_others(asked, ("transpose",), f"{path} holds pairs ({', '.join(pairs)})")
         return _open_pairs(arrays, pairs, path, held_out, seed, transpose, about)
-    if transpose:
-        raise ValueError(f"transpose=True is for pairs; {path} holds {listed}")
     wanted = {name: arrays[name] for name in (variables or arrays)}
     series = _alike(wanted, 3, bool(variables))
     if series and fill:
-        if len(series) != 1 or frames != 1:
-            raise ValueError(
-                f"filling holes takes one variable and no frames; {path} has {', '.join(series)}, frames={frames}"
-            )
-        return _open_field(*next(iter(series.items())), path, size, about)
+        _refuse_others(asked, ("fill", "size"), f"of {path} fill asks what is hidden, not what comes next")
+        if len(series) != 1:
+            raise ValueError(f"fill takes one variable; {path} has {', '.join(series)}: name one of them (--variables)")
+        return _open_field(*next(iter(series.items())), path, size, fill, about)
     if series:
-        if size is not None:
-            raise ValueError(f"{path} holds a series ({', '.join(series)}), which is taken whole; leave out the size")
+        _refuse_others(asked, ("frames", "ahead"), f"{path} holds a series ({', '.join(series)}), taken whole")
         return _open_series(series, path, frames, ahead, about)
     fields = _alike(wanted, 2, bool(variables))
     if len(fields) == 1:
-        if frames != 1:
-            raise ValueError(f"{path} holds a single field ({', '.join(fields)}), which has no frames")
-        return _open_field(*next(iter(fields.items())), path, size, about)
+        _refuse_others(asked, ("fill", "size"), f"{path} holds a single field ({', '.join(fields)})")
+        return _open_field(*next(iter(fields.items())), path, size, fill, about)
     raise ValueError(
         f"{path} holds {listed}; needed are pairs (x and y, or NAME_x and NAME_y), fields [T, H, W] of one shape, or "
         "one field [H, W] (named by --variables where there are several)"
     )
+
+
+_USES = {
+    "frames": "a series [T, H, W], to predict the next ones",
+    "ahead": "a series [T, H, W], to predict the next ones",
+    "fill": "fields with missing cells",
+    "transpose": "pairs",
+    "size": "crops (of a single field [H, W], or with fill)",
+}
+
+
+def _refuse_others(asked: dict[str, Any], accepted: Sequence[str], what: str) -> None:
+    """Options that these data have no use for."""
+    for name, value in asked.items():
+        if value is not None and name not in accepted:
+            listed = ", ".join(accepted)
+            raise ValueError(f"{what}; {name}={value} is for {_USES[name]}; accepted here: {listed}")
 
 
 def _alike(arrays: dict[str, Any], axes: int, named: bool) -> dict[str, Any]:
@@ -312,13 +328,11 @@ def _open_pairs(
         base = size_in_words(part.grid)
         tests[base if base not in tests else f"{base} ({part.label})"] = part
     statistics = _both_statistics(train.x, train.y)
-    mean = np.asarray(statistics["target_mean"], dtype=np.float32).reshape(-1, *(1,) * len(train.grid))
     first = next(iter(tests.values()))
     assert isinstance(first, Pairs)
-    yardsticks = {"mean of the training outputs": _relative(np.broadcast_to(mean, first.y.shape), first.y)}
     return VisionData(
         task="operator", train=train, tests=tests, channels=train.x.shape[1], outputs=train.y.shape[1],
-        yardsticks=yardsticks, **statistics, **about,
+        yardsticks=pair_yardsticks(_target_mean(statistics), first.y), **statistics, **about,
     )  # fmt: skip
 
 
@@ -342,48 +356,30 @@ def _pairs(x: Any, y: Any, label: str) -> Pairs:
 def _open_series(
     arrays: dict[str, Any], path: Path, frames: int, ahead: int | None, about: dict[str, Any]
 ) -> VisionData:
+    if ahead is not None and not 1 <= ahead <= frames:
+        raise ValueError(
+            f"ahead={ahead} with frames={frames}: 1 to {frames} would be accepted, no more frames than are read; give "
+            "more frames"
+        )
+    if frames == 1:
+        ahead = None  # the next frame from the last one: the same question
     with np.errstate(over="ignore"):
         values = np.stack([np.asarray(a, dtype=np.float32) for a in arrays.values()], 1)
     values[~np.isfinite(values)] = np.nan
-    cut = len(values) - max(2 * frames, len(values) // _HELD_OUT)
-    if ahead is not None:
-        cut = len(values) - max(1, len(values) // _HELD_OUT)
+    steps = frames if ahead is None else ahead
     # Where the outputs are few, the inputs of a test may be of the training part: all frames of the other are outputs.
-    begin = max(cut if ahead is None else cut - frames, 0)
-    train = Series(values[: max(cut, 0)], frames, path.name, ahead=ahead)
-    test = Series(values[begin:], frames, path.name, start=begin, ahead=ahead)
-    if len(train) < 1:
-        raise ValueError(f"{path} has {len(values)} frames; frames={frames} needs at least {4 * frames}")
+    shared = 0 if ahead is None else frames
+    cut = len(values) - max(frames - shared + steps, len(values) // _HELD_OUT)
+    if cut < frames + steps:
+        asked = f"frames={frames}" + ("" if ahead is None else f" with ahead={ahead}")
+        raise ValueError(f"{path} has {len(values)} frames; {asked} needs at least {_fewest(frames, steps, shared)}")
+    train = Series(values[:cut], frames, path.name, ahead=ahead)
+    test = Series(values[cut - shared :], frames, path.name, start=cut - shared, ahead=ahead)
     known = [_example(values[t], values[t]) for t in range(len(values))]
     if all(e.mask is not None and not e.mask.any() for e in known):
         raise ValueError(f"{path}: no point of {', '.join(arrays)} is finite in all variables")
     statistics = _both_statistics(train.values, train.values)
-    told = [test.get(i) for i in range(len(test))]
-    mean = np.asarray(statistics["target_mean"], dtype=np.float32).reshape(-1, *(1,) * len(train.grid))
-
-    def score(guess: Callable[[int, Example], Any]) -> float:
-        found = []
-        for index, example in enumerate(told):
-            y = np.asarray(example.y)
-            mask = None if example.mask is None else example.mask[: y.shape[1]]
-            found.append(_relative(np.broadcast_to(guess(index, example), y.shape)[None], y[None], mask))
-        return float(np.mean(found))
-
-    yardsticks = {"the same again": score(lambda _, e: e.x[:, : np.asarray(e.y).shape[1]])}
-    if ahead is not None:
-        yardsticks["the last frame again"] = score(lambda _, e: e.x[:, -1:])
-    if frames > 1 and len(train.values) >= frames:
-        # The mean of all frames of training that lie a whole number of ``frames`` away: of 12 months, of that month.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # points without any value stay NaN, and count nowhere
-            phases = np.stack([np.nanmean(train.values[k::frames], 0) for k in range(frames)], 1)
-
-        def phase(index: int, example: Example) -> Any:
-            steps = np.asarray(example.y).shape[1]
-            return phases[:, [(test.start + index + k) % frames for k in range(steps)]]
-
-        yardsticks[f"mean of training, every {frames}th frame"] = score(phase)
-    yardsticks["mean of training"] = score(lambda _, e: mean)
+    yardsticks = series_yardsticks(train.values, test, test.start, frames, _target_mean(statistics))
     channels = len(arrays)
     return VisionData(
         task="operator", train=train, tests={size_in_words(test.grid): test}, channels=channels, outputs=channels,
@@ -391,10 +387,24 @@ def _open_series(
     )  # fmt: skip
 
 
-def _open_field(name: str, raw: Any, path: Path, size: tuple[int, int] | None, about: dict[str, Any]) -> VisionData:
+def _fewest(frames: int, steps: int, shared: int) -> int:
+    """Frames that a series needs for an example in both parts, of which the later one is a fifth at least."""
+    example = frames + steps
+    return max(2 * example - shared, (example - 1) * _HELD_OUT // (_HELD_OUT - 1) + 1)
+
+
+def _open_field(
+    name: str, raw: Any, path: Path, size: tuple[int, int] | None, fill: bool, about: dict[str, Any]
+) -> VisionData:
     """Crops of a field `[H, W]`, or of the frames of a series `[T, H, W]`."""
     with np.errstate(over="ignore"):
         values = np.asarray(raw, dtype=np.float32)
+    if fill and np.isfinite(values).all():
+        asked = "the next frames are asked for" if values.ndim == 3 else "holes are filled all the same"
+        raise ValueError(
+            f"fill is for missing cells (NaN, such as land); {name} {list(values.shape)} in {path} has none; without "
+            f"fill {asked}"
+        )
     values = values if values.ndim == 3 else values[None]
     height, width = values.shape[1:]
     border = width - max(1, width // _HELD_OUT)
@@ -410,12 +420,10 @@ def _open_field(name: str, raw: Any, path: Path, size: tuple[int, int] | None, a
     count = max(1, _CROPS * math.prod(left.shape) // math.prod(grid))
     train = Crops(left, grid, mean, f"{path.name}, {name}", count)
     test = Crops(right, grid, mean, f"{path.name}, {name}, held out", _CROPS)
-    told = [test.get(i) for i in range(len(test))]
-    flat = [_relative(e.x[None, :1], np.asarray(e.y)[None], e.mask) for e in told]
     return VisionData(
         task="operator", train=train, tests={size_in_words(grid): test}, channels=2, outputs=1,
         mean=(mean, 0.0), std=(std, 1.0), target_mean=(mean,), target_std=(std,), residual=True,
-        yardsticks={"mean in the holes": float(np.mean(flat))}, **about,
+        yardsticks=crop_yardsticks(test), **about,
     )  # fmt: skip
 
 
@@ -433,12 +441,5 @@ def _both_statistics(x: Floats, y: Floats) -> dict[str, Any]:
     return found
 
 
-def _relative(predicted: Any, target: Any, mask: Any = None) -> float:
-    """As :func:`farfield.models.vision.model.relative_errors`, the mean over examples."""
-    keep = np.isfinite(target) & np.isfinite(predicted)
-    if mask is not None:
-        keep = keep & mask
-    shape = (*target.shape[:2], -1)
-    difference = np.where(keep, predicted - np.where(keep, target, 0), 0).reshape(shape)
-    size = np.linalg.norm(np.where(keep, target, 0).reshape(shape), axis=2)
-    return float(np.mean(np.linalg.norm(difference, axis=2) / np.where(size > 0, size, 1)))
+def _target_mean(statistics: dict[str, Any]) -> Floats:
+    return np.asarray(statistics["target_mean"], dtype=np.float32)
