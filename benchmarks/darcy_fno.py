@@ -1,4 +1,4 @@
-"""The Fourier neural operator on the same Darcy examples, steps and loss as benchmarks/darcy.py, as a peer.
+"""The Fourier neural operator on the same Darcy examples, steps and loss as `farfield compare`, as a peer.
 
     python benchmarks/darcy_fno.py darcy.npz.xz --steps 2000 --seeds 2 --out runs/darcy_fno.json
 

@@ -1,7 +1,7 @@
 """Writes harder Darcy flows than the public 16 x 16 ones: random coefficients of any contrast at 64 x 64 and 128 x 128.
 
     python benchmarks/make_darcy.py runs/darcy64.npz --train 400 --contrast 20
-    python benchmarks/darcy.py runs/darcy64.npz --steps 500 --batch 4 --out runs/darcy64
+    farfield compare runs/darcy64.npz --attention fma2d --steps 500 --batch 4 --no-cost --out runs/darcy64
 
 Solved at 128 x 128 by finite volumes (farfield.data.darcy), thinned out to 64 x 64 for training; the test pairs are
 there at both resolutions, the same flows. Everything depends on --seed.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,8 +87,6 @@ def test_images_by_class_are_compared_and_resumed(tmp_path: Path, invoke: Callab
 
 
 def test_the_command_of_a_report_makes_the_same_runs(tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    import shlex
-
     path, out = labelled_archive(tmp_path / "set.npz"), tmp_path / "out"
     first = invoke("compare", path, *TINY, *TWO, "--steps", 2, "--no-cost", "--out", out)
     assert first.exit_code == 0, first.output
@@ -151,6 +152,10 @@ def test_ctrl_c_reports_what_is_finished(tmp_path: Path) -> None:
     [
         (["--context", "64"], "--context is for text"),
         (["--frames", "2"], "--frames is for fields"),
+        (["--ahead", "1"], "--ahead is for fields"),
+        (["--fill"], "--fill is for fields"),
+        (["--transpose"], "--transpose is for fields"),
+        (["--latent"], "latent=True is for fields"),
         (["--image-size", "axb"], "'axb' is not a size"),
         (["--size", "huge"], "unknown size 'huge'"),
         (["--attention", "transformer_lss"], "did you mean 'transformer_ls'"),
@@ -181,7 +186,101 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_text_refuses_options_of_images(tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    result = invoke("compare", "--frames", 2, "--out", tmp_path / "out")
+@pytest.mark.parametrize("option", [["--frames", 2], ["--ahead", 1], ["--fill"], ["--transpose"], ["--latent"]])
+def test_text_refuses_options_of_images(tmp_path: Path, invoke: Callable[..., Result], option: list[object]) -> None:
+    result = invoke("compare", *option, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert "--frames is for images and fields; PATH holds text" in result.output
+    assert f"{option[0]} is for images and fields; PATH holds text" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def made(invoke: Callable[..., Result], out: Path, *arguments: object) -> tuple[dict[str, Any], str]:
+    """results.json and what was printed; the command in it makes the same runs again."""
+    done = invoke("compare", *arguments, *TINY, *TWO, "--steps", 2, "--no-cost", "--out", out)
+    assert done.exit_code == 0, done.output
+    values = json.loads((out / "results.json").read_text())
+    again = invoke(*shlex.split(values["command"])[1:], "--resume")
+    assert again.output.count("found finished") == 2, again.output
+    return values, done.output
+
+
+def rows_of_page(out: Path) -> dict[str, list[str]]:
+    """The cells of the first table of the report by its first column."""
+    table = (out / "report.html").read_text().split("<table>")[1].split("</table>")[0]
+    rows = [re.findall(r"<td>(?:<span[^>]*></span>)?([^<]*)</td>", line) for line in table.split("<tr")]
+    return {row[0]: row[1:] for row in rows if row}
+
+
+def test_the_next_frame_from_several(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    """Persistence and climatology stand in the tables beside the trained ones, best first."""
+    season = np.sin(np.arange(20) * 2 * np.pi / 3)[:, None, None] + np.random.default_rng(0).random((20, 8, 9)) / 9
+    np.savez(tmp_path / "set.npz", u=season, v=season + 1)
+    out = tmp_path / "out"
+    values, said = made(invoke, out, tmp_path / "set.npz", "--frames", 3, "--ahead", 1)
+    simple = values["data"]["yardsticks"]
+    assert values["data"]["tests"] == {"3x8x9": 4}
+    assert simple["climatology, period 3"] < simple["persistence"]
+    rows = rows_of_page(out)
+    trained = sorted(values["summary"], key=lambda s: s["score"])
+    assert list(rows) == [*(s["attention"] for s in trained), *sorted(simple, key=lambda name: simple[name])]
+    for name, score in simple.items():
+        assert rows[name] == [f"{score:.4f}", *["–"] * 5]
+        assert name.split(",")[0] in said
+    with np.load(out / "runs" / "fma-seed0.npz") as samples:
+        assert samples["predicted"].shape[1:] == (2, 1, 8, 9)
+        assert samples["x"].shape[1:] == (2, 3, 8, 9)
+
+
+def test_holes_in_frames_with_land(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 16, 40)).cumsum(1).cumsum(2)
+    values[:, 5:9, 3:30] = np.nan
+    np.savez(tmp_path / "set.npz", airt=values, lat=np.zeros(16), relief=values[0], other=values)
+    out = tmp_path / "out"
+    found, said = made(invoke, out, tmp_path / "set.npz", "--fill", "--variables", "airt", "--image-size", "12x8")
+    assert found["data"]["grid"] == [12, 8]
+    assert (found["data"]["channels"], found["data"]["outputs"]) == (2, 1)
+    simple = found["data"]["yardsticks"]
+    assert 0 < simple["nearest shown point"] < simple["mean in the holes"]
+    assert rows_of_page(out)["nearest shown point"][0] == f"{simple['nearest shown point']:.4f}"
+    assert "nearest shown point" in said
+
+
+def test_latent_grids_and_exchanged_axes(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    out = tmp_path / "out"
+    values, _ = made(invoke, out, pairs(tmp_path / "set.npz"), "--latent", "--transpose")
+    assert values["runs"][0]["key"]["latent"] == [16, 16]
+    for dropped in ("--latent", "--transpose"):
+        words = [word for word in shlex.split(values["command"])[1:] if word != dropped]
+        other = invoke(*words, "--resume")
+        assert other.exit_code == 2
+        assert ("latent" if dropped == "--latent" else "data") in other.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ahead", "2"], "ahead=2 with frames=1: 1 to 1 would be accepted"),
+        (["--ahead", "99"], "ahead=99 with frames=1"),
+        (["--frames", "9", "--ahead", "9"], "14 frames; frames=9 with ahead=9 needs at least 27"),
+        (["--frames", "4"], "14 frames; frames=4 needs at least 16"),
+        (["--fill"], "name one of them (--variables)"),
+        (["--fill", "--variables", "u"], "u [14, 8, 9] in"),
+        (["--fill", "--variables", "v", "--ahead", "1"], "ahead=1 is for a series [T, H, W], to predict the next"),
+        (["--transpose"], "transpose=True is for pairs"),
+        (["--image-size", "8"], "size=8x8 is for crops"),
+        (["--variables", "w"], "has no variable w; it holds u [14, 8, 9]"),
+    ],
+)
+def test_bad_questions_to_a_series_write_nothing(
+    tmp_path: Path, invoke: Callable[..., Result], arguments: list[str], message: str
+) -> None:
+    land = np.random.default_rng(0).random((14, 8, 9))
+    land[:, 2:4, 3:5] = np.nan
+    np.savez(tmp_path / "set.npz", u=np.zeros((14, 8, 9)), v=land)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["compare", tmp_path / "set.npz", *TINY, *TWO, "--steps", 2, "--out", tmp_path / "out"]
+    result = invoke(*command, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before

@@ -28,7 +28,7 @@ def test_equal_time_gives_each_attention_the_steps_it_can_afford(tmp_path: Path)
     out = tmp_path / "out"
     archive = labelled_archive(tmp_path / "train.npz")
     options = ("--attention", "dense,na", "--steps", 3, "--batch", 2, "--examples", 4, "--out", out)
-    run("vision.py", archive, *options, "--equal-time", "dense")
+    run("equal_time.py", archive, *options, "--reference", "dense")
     found = json.loads((out / "steps.json").read_text())
     assert found["steps"]["dense"] == 3
     for name, seconds in found["seconds"].items():
@@ -42,18 +42,6 @@ def test_a_whole_field_as_tokens(tmp_path: Path) -> None:
     run("relief.py", tmp_path / "f.npz", "--out", tmp_path / "r.json", "--threads", 1)
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["tokens"] == 30 * 41 and found["backward_seconds"] > 0 and 0 < found["loss"] < 10
-
-
-def test_holes_with_land(tmp_path: Path) -> None:
-    values = np.cumsum(np.random.default_rng(0).standard_normal((2, 16, 30)), 1).astype(np.float32)
-    values[:, 5:9, 3:20] = np.nan
-    np.savez(tmp_path / "c.npz", airt=values)
-    said = run("climatology.py", tmp_path / "c.npz", "--steps", 1, "--batch", 2, "--attention", "dense", "--out",
-               tmp_path / "out")  # fmt: skip
-    assert "nearest shown point" in said
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
-    yardsticks = found["data"]["yardsticks"]
-    assert 0 < yardsticks["nearest shown point"] < 2 and len(found["runs"]) == 1
 
 
 def test_cost_by_resolution(tmp_path: Path) -> None:

@@ -74,7 +74,10 @@ def test_a_series_predicts_what_comes_next(tmp_path: Path, frames: int, grid: tu
                 last_trained = max(last_trained, float(example.y[0].max()))
             else:
                 assert example.x[0].min() > last_trained  # no frame is on both sides
-    assert data.yardsticks["the same again"] < data.yardsticks["mean of training"]
+    assert data.yardsticks["persistence"] < data.yardsticks["mean of training"]
+    ends = [[test.get(i).x[0].max(), np.asarray(test.get(i).y)[0]] for i in range(len(test))]  # read, and asked about
+    errors = [np.linalg.norm(y - last) / np.linalg.norm(y) for last, y in ends]
+    assert data.yardsticks["persistence"] == pytest.approx(np.mean(errors), rel=1e-5)
     assert open_grids([path], variables=["v"]).channels == 1
 
 
@@ -110,6 +113,8 @@ def test_one_field_is_filled_in(tmp_path: Path) -> None:
     assert max(trained) <= field[:, :48].max()
     with pytest.raises(ValueError, match="do not fit"):
         open_grids([tmp_path / "a.npz"], size=(8, 20))
+    bare = open_grids([tmp_path / "a.npz"], size=(1, 1)).yardsticks  # a crop of which nothing is shown
+    assert bare["nearest shown point"] == bare["mean in the holes"] > 0
 
 
 def test_netcdf(tmp_path: Path) -> None:
@@ -217,12 +222,12 @@ def test_a_series_of_which_only_the_next_frame_is_asked(tmp_path: Path) -> None:
             assert example.x[0, :, 0, 0].tolist() == list(range(frame - 4, frame))
     said = data.yardsticks
     base = [np.linalg.norm(time[frame]) for frame in range(32, 40)]
-    assert said["the same again"] == pytest.approx(np.mean([4 * 6**0.5 / b for b in base]))
-    assert said["the last frame again"] == pytest.approx(np.mean([6**0.5 / b for b in base]))
+    assert said["the frame 4 before"] == pytest.approx(np.mean([4 * 6**0.5 / b for b in base]))
+    assert said["persistence"] == pytest.approx(np.mean([6**0.5 / b for b in base]))
     # The mean of the frames of training a whole number of fours before.
     means = [np.mean([k for k in range(32) if k % 4 == frame % 4]) for frame in range(32, 40)]
     errors = [(frame - mean) * 6**0.5 / b for frame, mean, b in zip(range(32, 40), means, base, strict=True)]
-    assert said["mean of training, every 4th frame"] == pytest.approx(np.mean(errors))
+    assert said["climatology, period 4"] == pytest.approx(np.mean(errors))
 
 
 def test_holes_in_the_frames_of_a_series(tmp_path: Path) -> None:
@@ -245,18 +250,37 @@ def test_holes_in_the_frames_of_a_series(tmp_path: Path) -> None:
             shown = example.mask & (example.x[1] == 1)
             assert np.array_equal(example.x[0][shown], example.y[0][shown])
     assert frames == {0, 1, 2}
-    hidden = test.hidden(0)
     first = test.get(0)
-    assert hidden.any() and first.mask is not None and not (hidden & ~first.mask).any()
-    assert (first.x[0][hidden] == np.float32(test.fill)).all()
+    assert first.mask is not None
+    hidden = first.mask & (first.x[1] == 0)
+    assert hidden.any() and (first.x[0][hidden] == np.float32(test.fill)).all()
+    # The nearest shown point by looking at all of them; ties may fall either way, so the bounds are those of both.
+    bounds = []
+    for index in range(len(test)):
+        example = test.get(index)
+        assert example.mask is not None and isinstance(example.y, np.ndarray)
+        truth, shown = example.y[0], example.mask & (example.x[1] == 1)
+        low, high = 0.0, 0.0
+        for place in np.argwhere(example.mask & ~shown):
+            far = ((np.argwhere(shown) - place) ** 2).sum(1)
+            errors = np.abs(truth[shown][far == far.min()] - truth[tuple(place)])
+            low, high = low + float(errors.min()) ** 2, high + float(errors.max()) ** 2
+        bounds.append(np.sqrt([low, high]) / np.linalg.norm(truth[example.mask]))
+    low, high = np.mean(bounds, 0)
+    assert low - 1e-6 <= data.yardsticks["nearest shown point"] <= high + 1e-6
+    assert high < data.yardsticks["mean in the holes"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 4, "ahead": 5}, "ahead=5 with frames=4"),
-        ({"ahead": 1}, "ahead=1 with frames=1"),
-        ({"fill": True, "frames": 2}, "filling holes takes one variable"),
+        ({"frames": 4, "ahead": 5}, "ahead=5 with frames=4: 1 to 4 would be accepted"),
+        ({"ahead": 2}, "ahead=2 with frames=1: 1 to 1 would be accepted"),
+        ({"frames": 20, "ahead": 9}, "30 frames; frames=20 with ahead=9 needs at least 38"),
+        ({"frames": 8}, "30 frames; frames=8 needs at least 32"),
+        ({"fill": True, "frames": 2}, "not what comes next; frames=2 is for a series"),
+        ({"fill": True}, r"u \[30, 4, 5\] in .* has none; without fill the next frames are asked for"),
+        ({"size": (2, 2)}, "size=2x2 is for crops"),
     ],
 )
 def test_wrong_questions_of_a_series(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -283,3 +307,52 @@ def test_axes_of_training_pairs_are_exchanged_together(tmp_path: Path) -> None:
         open_grids([saved(tmp_path / "b.npz", x=x[:, :, 1:], y=x[:, :, 1:])], transpose=True)
     with pytest.raises(ValueError, match="transpose=True is for pairs"):
         open_grids([saved(tmp_path / "c.npz", u=np.zeros((9, 4, 4)))], transpose=True)
+
+
+def test_the_next_frame_of_one_frame_is_the_usual_question(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npz", u=np.random.default_rng(0).random((30, 4, 5)))
+    usual, asked = open_grids([path]), open_grids([path], ahead=1)
+    assert asked.ahead is None and len(asked.train) == len(usual.train)
+    assert asked.yardsticks == usual.yardsticks
+
+
+@pytest.mark.parametrize(
+    ("frames", "ahead", "fewest"), [(1, None, 4), (3, None, 12), (4, 1, 6), (12, 1, 16), (3, 3, 9)]
+)
+def test_a_series_of_the_fewest_frames_has_an_example_in_both_parts(
+    tmp_path: Path, frames: int, ahead: int | None, fewest: int
+) -> None:
+    values = np.random.default_rng(0).random((fewest, 4, 5))
+    data = open_grids([saved(tmp_path / "a.npz", u=values)], frames=frames, ahead=ahead)
+    (test,) = data.tests.values()
+    assert len(data.train) >= 1 and len(test) >= 1
+    assert np.isfinite(list(data.yardsticks.values())).all()
+    with pytest.raises(ValueError, match=f"{fewest - 1} frames; .*at least {fewest}"):
+        open_grids([saved(tmp_path / "b.npz", u=values[1:])], frames=frames, ahead=ahead)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "message"),
+    [
+        ({"x": np.zeros((9, 4, 4)), "y": np.ones((9, 4, 4))}, {"ahead": 1}, "ahead=1 is for a series"),
+        ({"x": np.zeros((9, 4, 4)), "y": np.ones((9, 4, 4))}, {"fill": True}, "fill=True is for fields with missing"),
+        ({"u": np.zeros((40, 40))}, {"frames": 2}, "single field .*frames=2 is for a series"),
+        ({"u": np.zeros((40, 40))}, {"fill": True}, "without fill holes are filled all the same"),
+        ({"u": np.full((9, 4, 4), np.nan), "v": np.zeros((9, 4, 4))}, {"fill": True}, "has u, v: name one of them"),
+    ],
+)  # fmt: skip
+def test_questions_that_the_data_do_not_answer(
+    tmp_path: Path, arrays: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_grids([saved(tmp_path / "a.npz", **arrays)], **options)
+
+
+def test_a_choice_of_variables_and_exchanged_axes_are_other_data(tmp_path: Path) -> None:
+    """Neither grid nor channels tell them apart, and finished runs of one are not those of the other."""
+    rng = np.random.default_rng(0)
+    series = saved(tmp_path / "a.npz", u=rng.random((9, 4, 4)), v=rng.random((9, 4, 4)))
+    pairs = saved(tmp_path / "b.npz", x=rng.random((9, 4, 4)), y=rng.random((9, 4, 4)))
+    marks = [open_grids([series], variables=names).fingerprint for names in ([], ["u"], ["v"], ["u"])]
+    assert len(set(marks)) == 3 and marks[1] == marks[3]
+    assert open_grids([pairs]).fingerprint != open_grids([pairs], transpose=True).fingerprint

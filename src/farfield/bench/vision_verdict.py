@@ -209,7 +209,7 @@ def _warnings(outcome: VisionOutcome, summaries: Sequence[VisionSummary], seeds:
         if best.score <= value if metric.higher else best.score >= value:
             said.append(
                 f"All runs are far from trained: even the best ({metric.say(best.score)} {metric.name}) is not ahead "
-                f"of an answer that needs no training, {strongest} ({metric.say(value)}). The order may change with a "
+                f"of an answer that needs no training: {strongest} ({metric.say(value)}). The order may change with a "
                 "larger budget."
             )
     return said

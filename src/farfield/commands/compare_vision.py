@@ -209,7 +209,11 @@ def _print_data(console: Console, data: VisionData) -> None:
     from farfield.data.examples import size_in_words
 
     tests = ", ".join(f"{len(source):,} of {name}" for name, source in data.tests.items())
-    kinds = {"classify": "classes", "segment": "classes of pixels", "operator": "channels to predict"}[data.task]
+    kinds = {
+        "classify": "classes",
+        "segment": "classes of pixels",
+        "operator": f"channel{'s' * (data.outputs != 1)} to predict",
+    }[data.task]
     console.print(
         f"{len(data.train):,} examples of {size_in_words(data.train.grid)} to train on, {tests} held out; "
         f"{data.outputs} {kinds} ({escape(data.source)})",
