@@ -226,6 +226,8 @@ def test_the_next_frame_from_several(tmp_path: Path, invoke: Callable[..., Resul
     for name, score in simple.items():
         assert rows[name] == [f"{score:.4f}", *["–"] * 5]
         assert name.split(",")[0] in said
+    (beaten,) = [line for line in values["answer"]["warnings"] if "needs no training" in line]
+    assert "climatology, period 3" in beaten  # the best of them alone
     with np.load(out / "runs" / "fma-seed0.npz") as samples:
         assert samples["predicted"].shape[1:] == (2, 1, 8, 9)
         assert samples["x"].shape[1:] == (2, 3, 8, 9)
@@ -259,7 +261,7 @@ def test_latent_grids_and_exchanged_axes(tmp_path: Path, invoke: Callable[..., R
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ahead", "2"], "ahead=2 with frames=1: 1 to 1 would be accepted"),
+        (["--ahead", "2"], "ahead=2 with frames=1: 1 would be accepted"),
         (["--ahead", "99"], "ahead=99 with frames=1"),
         (["--frames", "9", "--ahead", "9"], "14 frames; frames=9 with ahead=9 needs at least 27"),
         (["--frames", "4"], "14 frames; frames=4 needs at least 16"),

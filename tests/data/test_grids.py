@@ -275,7 +275,7 @@ def test_holes_in_the_frames_of_a_series(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"frames": 4, "ahead": 5}, "ahead=5 with frames=4: 1 to 4 would be accepted"),
-        ({"ahead": 2}, "ahead=2 with frames=1: 1 to 1 would be accepted"),
+        ({"ahead": 2}, "ahead=2 with frames=1: 1 would be accepted"),
         ({"frames": 20, "ahead": 9}, "30 frames; frames=20 with ahead=9 needs at least 38"),
         ({"frames": 8}, "30 frames; frames=8 needs at least 32"),
         ({"fill": True, "frames": 2}, "not what comes next; frames=2 is for a series"),

@@ -168,7 +168,7 @@ def looks_figure(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figu
             if row == 0:
                 _title(line[0], "input")
             for one, (name, found) in zip(line[1:], samples.items(), strict=True):
-                logs = np.log10(np.maximum(_last_of_query(found, row), 10.0**_REACH_DECADES))
+                logs = np.log10(np.maximum(_strongest(found.reach[row]), 10.0**_REACH_DECADES))
                 shown = one.imshow(logs, vmin=_REACH_DECADES, vmax=0, cmap="inferno", interpolation="nearest")
                 _title(one, name if row == 0 else "")
             if first.query[0] >= 0:
@@ -180,9 +180,9 @@ def looks_figure(outcome: VisionOutcome, samples: Mapping[str, Samples]) -> Figu
         return figure
 
 
-def _last_of_query(found: Samples, row: int) -> Image:
-    values = found.reach[row]
-    return values if values.ndim == 2 else values[int(found.query[0])]
+def _strongest(reach: Image) -> Image:
+    """One plane of a dependence: of three axes the strongest over the frames, any of which may matter most."""
+    return reach if reach.ndim == 2 else np.asarray(reach.max(0))
 
 
 def patterns_of(outcome: VisionOutcome) -> tuple[list[Pattern], list[str]]:

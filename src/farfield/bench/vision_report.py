@@ -136,7 +136,8 @@ _CAPTIONS = {
 _LOOKS = {
     "classify": "How strongly the largest logit depends on each pixel",
     "segment": "How strongly the largest logit at the marked pixel depends on each pixel",
-    "operator": "How strongly the output at the marked point depends on each point of the input",
+    "operator": "How strongly the output at the marked point depends on each point of the input (of several "
+    "frames, the strongest)",
 }
 
 

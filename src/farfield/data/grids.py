@@ -357,9 +357,9 @@ def _open_series(
     arrays: dict[str, Any], path: Path, frames: int, ahead: int | None, about: dict[str, Any]
 ) -> VisionData:
     if ahead is not None and not 1 <= ahead <= frames:
+        most = "1" if frames == 1 else f"1 to {frames}"
         raise ValueError(
-            f"ahead={ahead} with frames={frames}: 1 to {frames} would be accepted, no more frames than are read; give "
-            "more frames"
+            f"ahead={ahead} with frames={frames}: {most} would be accepted, no more than are read; give more frames"
         )
     if frames == 1:
         ahead = None  # the next frame from the last one: the same question
