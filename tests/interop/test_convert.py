@@ -117,7 +117,7 @@ def test_keys_are_those_that_the_operator_reads(pyramid: Pyramid, length: int) -
     q, k = heads(2, length), heads(1, length)
     opened = opened_tokens(q, k, pyramid, positions=positions, block=8, scale=0.5)
     assert not (opened & near).any()
-    read = opened[0].sum().item()
+    tokens, cells_read = opened[0].sum().item(), 0
     cell = 8 // pyramid.rank
     page = pyramid.page or cell
     if length > 16:
@@ -125,11 +125,13 @@ def test_keys_are_those_that_the_operator_reads(pyramid: Pyramid, length: int) -
         assert tree is not None
         for first in range(0, length, pyramid.share):
             cells = int(tree.top[first // 8].sum())
-            read += 2 * cells
+            cells_read += cells
             if page < cell:
                 entered = min(pyramid.beam, cells - min(cells, 4 // cell))
-                read += 2 * entered * cell // page
-    assert keys_of(pyramid, length, 8) == pytest.approx(read / length)
+                cells_read += entered * cell // page
+    for bounds in (1, 2):
+        expected = (tokens + bounds * cells_read) / length
+        assert keys_of(pyramid, length, 8, bounds) == pytest.approx(expected)
 
 
 def test_plain_pyramids_and_layers_are_counted() -> None:

@@ -104,7 +104,10 @@ def convert(
     some = [i for i, bias in enumerate(made.biases) if background or bias is None]
     kept, biases = [made.menu[i] for i in few], [made.biases[i] for i in some]
     errors, best = made.errors[few][:, some].min(1)
-    read = torch.tensor([near_keys(length, block, sinks) + (keys_of(p, length, block) if p else 0.0) for p in kept])
+    near = near_keys(length, block, sinks)
+    read, vectors = (
+        torch.tensor([near + (keys_of(p, length, block, bounds) if p else 0.0) for p in kept]) for bounds in (1, 2)
+    )
     more = far_queries(length, block, sinks) if len(biases) > 1 else 0.0
     budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()) + more)
     free = [layer for layer in range(number) if layer not in dense]
@@ -126,6 +129,8 @@ def convert(
         "length": length,
         "calibration": made.effort,
         **_summary(choice, errors, spent, context(length)),
+        # What is read where a cell that is scored by its bounds counts as two vectors.
+        "vectors": float(_shares(choice, spent + (vectors - read)[choice.clamp(min=0)], context(length)).mean()),
         "menu": [
             {"setting": None if p is None else _setting(p), "keys": k / context(length), "error": float(e.sum())}
             for p, k, e in zip(kept, read.tolist(), errors, strict=True)
@@ -207,11 +212,15 @@ def _setting(pyramid: Pyramid) -> dict[str, Any]:
     return {name: value for name, value in group_of([], pyramid).items() if name != "heads"}
 
 
+def _shares(choice: Tensor, spent: Tensor, whole: float) -> Tensor:
+    """[layers, heads] of the whole context."""
+    return torch.where(choice < 0, torch.tensor(whole), spent) / whole
+
+
 def _summary(choice: Tensor, errors: Tensor, spent: Tensor, whole: float) -> dict[str, Any]:
     """Keys and errors of the choice, in all and by layer; -1 is exact. ``spent`` [layers, heads] keys per query."""
-    exact = choice < 0
-    keys = torch.where(exact, torch.tensor(whole), spent) / whole
-    lost = errors.gather(0, choice.clamp(min=0)[None])[0].masked_fill(exact, 0.0)
+    keys = _shares(choice, spent, whole)
+    lost = errors.gather(0, choice.clamp(min=0)[None])[0].masked_fill(choice < 0, 0.0)
     layers = [
         {"keys": k, "error": e, "settings": row}
         for k, e, row in zip(keys.mean(1).tolist(), lost.sum(1).tolist(), choice.tolist(), strict=True)

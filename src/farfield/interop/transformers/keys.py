@@ -1,8 +1,8 @@
 """How many keys a setting reads, and how many vectors a decode with it has to keep; counted, not measured.
 
 The rule: a key is read when its token or its cell is scored, by a query, or by a choice, which is divided by the
-queries that share it. A cell with bounds has two vectors and counts twice. Relative figures are shares of the mean
-causal context, (N + 1) / 2 keys.
+queries that share it. A cell counts once, also where its score is made of two vectors (bounds); ``bounds=2`` counts
+vectors instead. Relative figures are shares of the mean causal context, (N + 1) / 2 keys.
 """
 
 from __future__ import annotations
@@ -40,11 +40,16 @@ def far_queries(length: int, block: int, sinks: int) -> float:
     return float((_start(np.arange(length), block) > sinks).mean())
 
 
-def keys_of(pyramid: Pyramid, length: int, block: int) -> float:
+def keys_of(pyramid: Pyramid, length: int, block: int, bounds: int = 1) -> float:
     """Mean keys that a causal query reads through a pyramid, beside near field and sinks.
 
     A page that sinks share counts whole, so that the figure is exact wherever ``page`` divides ``sinks`` (otherwise
     it can be too high by a page).
+
+    Args:
+        pyramid: the settings.
+        length, block: tokens in all, and of a leaf block.
+        bounds: what a cell that is scored by its bounds counts.
 
     Raises:
         ValueError: for settings that are not counted: opened cells of several levels, pooled queries.
@@ -65,7 +70,7 @@ def keys_of(pyramid: Pyramid, length: int, block: int) -> float:
     cell = block // rank
     page = cell if pyramid.page is None else _integer(pyramid.page, "page")
     per_cell = cell // page
-    vectors = 2 if pyramid.choose == "bounds" else 1
+    each = bounds if pyramid.choose == "bounds" else 1
     index = np.arange(length)
     start = _start(index, block)
     cells = start // cell
@@ -73,9 +78,9 @@ def keys_of(pyramid: Pyramid, length: int, block: int) -> float:
     used = cells - np.minimum(cells, pyramid.sinks // cell)  # cells that hold more than sinks
     beam = pyramid.open if pyramid.beam is None or per_cell == 1 else pyramid.beam
     entered = np.minimum(used, beam)
-    chosen = vectors * cells
+    chosen = each * cells
     if per_cell > 1:
-        chosen = chosen + vectors * entered * per_cell
+        chosen = chosen + each * entered * per_cell
     opened = np.minimum(np.minimum(pyramid.open * page, entered * cell), readable)
     # Choices are made once for a run of queries, and the last run may be short.
     first = index % pyramid.share == 0
@@ -89,8 +94,8 @@ def keys_of(pyramid: Pyramid, length: int, block: int) -> float:
     return float(total / length)
 
 
-def keys_by_head(parts: Parts, heads: int, length: int) -> Numbers:
-    """[heads] mean keys per query of every head of a layer.
+def keys_by_head(parts: Parts, heads: int, length: int, bounds: int = 1) -> Numbers:
+    """[heads] mean keys per query of every head of a layer; ``bounds`` as in :func:`keys_of`.
 
     Raises:
         ValueError: for parts whose keys are not counted.
@@ -103,7 +108,7 @@ def keys_by_head(parts: Parts, heads: int, length: int) -> Numbers:
     groups, sinks = _groups(parts.far, heads)
     counted = np.full(heads, near_keys(length, block, sinks))
     for of_group, pyramid in groups:
-        counted[list(of_group)] += keys_of(pyramid, length, block)
+        counted[list(of_group)] += keys_of(pyramid, length, block, bounds)
     biases = parts.far.background if isinstance(parts.far, ByHead) else None
     if biases is not None:
         counted[[bias is not None for bias in biases]] += far_queries(length, block, sinks)

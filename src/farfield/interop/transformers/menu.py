@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from farfield.far import Pyramid
 from farfield.interop.transformers.keys import context, keys_of, near_keys
@@ -20,34 +20,39 @@ def setting(rank: int, share: int, open: int, *, beam: int | None = None, page: 
     )  # fmt: skip
 
 
-def _pages(rank: int, share: int, beam: int, opens: Sequence[int], page: int = 4) -> list[Pyramid]:
-    """Cells first, then pages under the best of them."""
-    return [setting(rank, share, open, beam=beam, page=page) for open in opens]
+def _pages(cell: int, page: int, share: int, opens: Mapping[int, Sequence[int]]) -> list[Pyramid]:
+    """Cells first, as many as a key of ``opens`` says, then pages under the best of them."""
+    return [
+        setting(BLOCK // cell, share, open, beam=beam, page=page) for beam, numbers in opens.items() for open in numbers
+    ]
+
+
+def _cells(cell: int, share: int, opens: Sequence[int]) -> list[Pyramid]:
+    """Whole cells."""
+    return [setting(BLOCK // cell, share, open) for open in opens]
 
 
 MENU: tuple[Pyramid | None, ...] = (
     None,
-    *_pages(2, 4, 8, (8, 16)),
-    *_pages(2, 4, 16, (16, 32)),
-    *_pages(2, 4, 32, (16, 32, 64)),
-    *_pages(2, 4, 64, (64, 128)),
-    *_pages(2, 4, 8, (8,), page=8),
-    *_pages(2, 4, 16, (16,), page=8),
-    *_pages(2, 4, 32, (16, 32), page=8),
-    *_pages(2, 4, 64, (64,), page=8),
-    *_pages(4, 4, 64, (32, 64)),
-    *_pages(4, 4, 128, (128,)),
-    *_pages(1, 4, 16, (16, 32)),
-    *_pages(2, 2, 32, (32, 64)),
-    *_pages(2, 1, 32, (64,)),
-    *(setting(2, 4, n) for n in (16, 32)),
-    *(setting(4, 4, n) for n in (32, 64, 128)),
-    *(setting(8, 4, n) for n in (32, 64, 256)),
-    *(setting(4, 2, n) for n in (16, 32)),
-    setting(8, 2, 64),
-    *(setting(2, 1, n) for n in (8, 16)),
-    setting(4, 1, 32),
-    setting(8, 1, 256),
+    *_pages(64, 4, 4, {4: (8, 16), 8: (16, 32), 16: (32, 64)}),
+    *_pages(32, 4, 4, {8: (16,), 16: (32, 64), 32: (32, 64, 96), 64: (64, 128, 192)}),
+    *_pages(32, 8, 4, {16: (16,), 32: (32, 64), 64: (64, 128)}),
+    *_pages(32, 2, 4, {16: (32,), 32: (64, 128)}),
+    *_pages(16, 4, 4, {64: (64, 128)}),
+    *_pages(64, 4, 2, {4: (8,), 8: (16, 32), 16: (64,)}),
+    *_pages(32, 4, 2, {16: (32,), 32: (64, 96), 64: (128,)}),
+    *_pages(32, 8, 2, {32: (32, 64), 64: (128,)}),
+    *_pages(16, 4, 2, {64: (64, 128)}),
+    *_pages(32, 4, 1, {32: (64,), 64: (128,)}),
+    *_pages(32, 8, 1, {32: (64,)}),
+    *_cells(32, 4, (16, 32)),
+    *_cells(16, 4, (64, 128)),
+    *_cells(8, 4, (64, 256)),
+    *_cells(32, 2, (8, 16)),
+    *_cells(16, 2, (16, 32)),
+    *_cells(8, 2, (32,)),
+    *_cells(16, 1, (16,)),
+    *_cells(8, 1, (256,)),
 )
 """For blocks of 64 and contexts of thousands of tokens. None: near field and sinks alone."""
 
