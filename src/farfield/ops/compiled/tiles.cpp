@@ -59,20 +59,20 @@ static inline Vector load(const float* p) { return *(const Loose*)p; }
 static inline void put(float* p, Vector v) { *(Loose*)p = v; }
 static inline Vector all(float x) { return x - Vector{}; }
 
-// 2^x for x <= 0 with a relative error below 2e-7; 0 below 2^-126.5, where the exponent's bits are 0; NaN stays NaN.
+// 2^x for x <= 0 with a relative error below 2e-7; 0 below -126.5, where the exponent's bits are 0; NaN stays NaN.
 static inline Vector exp2_of(Vector x) {
-  const Vector low = all(-127.0f), magic = all(12582912.0f);
-  const Vector y = x < low ? low : x;
+  // The bits of x + magic end in the exponent of the nearest power of two, its bias of 127 included.
+  const Vector low = all(-127.0f), magic = all(12582912.0f + 127.0f);
+  const Vector y = low > x ? low : x;
   const Vector t = y + magic;
   const Vector f = y - (t - magic);
-  Vector p = all(1.5337577e-4f);
-  p = p * f + 1.3399860e-3f;
-  p = p * f + 9.6185198e-3f;
-  p = p * f + 5.5503290e-2f;
-  p = p * f + 2.4022646e-1f;
-  p = p * f + 6.9314718e-1f;
+  Vector p = all(1.3264727e-3f);
+  p = p * f + 9.6715126e-3f;
+  p = p * f + 5.5507337e-2f;
+  p = p * f + 2.4022242e-1f;
+  p = p * f + 6.9314698e-1f;
   p = p * f + 1.0f;
-  return p * (Vector)(((Ints)t - (Ints)magic + 127) << 23);
+  return p * (Vector)((Ints)t << 23);
 }
 
 // Storage: float32, bfloat16, float16 --------------------------------------------------------------------------------
@@ -192,6 +192,7 @@ static inline void column_tile(const float* a, int64_t step, const float* const*
   }
   for (int part = 0; part < 2; part++) {
     const int64_t stop = part ? count : end;
+#pragma GCC unroll 4
     for (int64_t k = part ? again : 0; k < stop; k++) {
       const Vector b0 = load(b[k] + j), b1 = load(b[k] + j + LANES);
       const float* x = a + k * step;
@@ -685,6 +686,47 @@ struct Worker {
     }
   }
 
+  // Turns the scores of n keys into weights, of which every query's largest so far is 1; what ``before`` has been added up
+  // shrinks to them. On its own, so that the constants stay in registers.
+  __attribute__((noinline)) void weigh(int64_t n, bool before) {
+    for (int64_t i = 0; i < high; i += PANEL) {
+      // Two vectors at a time: one line of the cache. The keys of a tile of rows are seen together, or not at all.
+      float* const panel = scores + i;
+      Vector most[2] = {load(top + i), load(top + i + LANES)};
+      for (int64_t k = 0; k < n; k += TALL)
+        for (int64_t e = k; start[k] <= i && e < std::min<int64_t>(k + TALL, n); e++)
+          for (int v = 0; v < 2; v++) {
+            const Vector s = load(panel + e * step + v * LANES);
+            most[v] = s > most[v] ? s : most[v];
+          }
+      Vector shift[2], shrink[2], sum[2];
+      for (int v = 0; v < 2; v++) {
+        shift[v] = most[v] == all(NONE) ? Vector{} : most[v];
+        shrink[v] = exp2_of(load(top + i + v * LANES) - shift[v]);
+        sum[v] = load(total + i + v * LANES) * shrink[v];
+      }
+      for (int64_t k = 0; k < n; k += TALL) {
+        const int64_t end = std::min<int64_t>(k + TALL, n);
+        if (start[k] > i) {
+          for (int64_t e = k; e < end; e++) put(panel + e * step, Vector{}), put(panel + e * step + LANES, Vector{});
+          continue;
+        }
+        for (int64_t e = k; e < end; e++)
+          for (int v = 0; v < 2; v++) {
+            float* const p = panel + e * step + v * LANES;
+            const Vector w = exp2_of(load(p) - shift[v]);
+            sum[v] += w;
+            put(p, w);
+          }
+      }
+      for (int v = 0; v < 2; v++) {
+        put(top + i + v * LANES, most[v]), put(total + i + v * LANES, sum[v]);
+        for (int64_t e = 0; before && e < LANES; e++)
+          for (int64_t d = 0; d < wide; d++) out[(i + v * LANES + e) * wide + d] *= shrink[v][e];
+      }
+    }
+  }
+
   void forward_span() {
     if (size() <= FEW) return forward_few();
     matrix(c.query, out, 1.0f);
@@ -695,37 +737,7 @@ struct Worker {
       const int64_t n = std::min(KEYS, list.count - from);
       fetch(from, n);
       score(from, n);
-      for (int64_t i = 0; i < high; i += PANEL) {
-        // Two vectors at a time: one line of the cache.
-        Vector shrink[2], most[2] = {load(top + i), load(top + i + LANES)};
-        for (int64_t k = 0; k < n; k++)
-          if (start[k] <= i)
-            for (int v = 0; v < 2; v++) {
-              const Vector s = load(scores + k * step + i + v * LANES);
-              most[v] = s > most[v] ? s : most[v];
-            }
-        Vector shift[2], sum[2];
-        for (int v = 0; v < 2; v++) {
-          shift[v] = most[v] == all(NONE) ? Vector{} : most[v];
-          shrink[v] = exp2_of(load(top + i + v * LANES) - shift[v]);
-          sum[v] = load(total + i + v * LANES) * shrink[v];
-        }
-        for (int64_t k = 0; k < n; k++) {
-          float* p = scores + k * step + i;
-          const bool seen = start[k] <= i;
-          for (int v = 0; v < 2; v++) {
-            const Vector w = seen ? exp2_of(load(p + v * LANES) - shift[v]) : Vector{};
-            sum[v] += w;
-            put(p + v * LANES, w);
-          }
-        }
-        for (int v = 0; v < 2; v++) {
-          put(top + i + v * LANES, most[v]), put(total + i + v * LANES, sum[v]);
-          if (from)
-            for (int64_t e = 0; e < LANES; e++)
-              for (int64_t d = 0; d < wide; d++) out[(i + v * LANES + e) * wide + d] *= shrink[v][e];
-        }
-      }
+      weigh(n, from > 0);
       gather(scores, value_row, out, from, n);
     }
     finish();
@@ -1062,51 +1074,57 @@ struct Cell {
 constexpr int64_t RUN = 512;      // cells to a task
 constexpr int64_t SHORT = 1 << 17;  // multiply-adds that one thread does before others have begun
 
-static void reduce(const Reduction& r) {
+static int64_t multiply_adds(const Reduction& r) { return r.groups * r.cells * r.children * r.dim; }
+
+// Shared by the threads of a region; ``row`` is the thread's own.
+static void reduce(const Reduction& r, float* row) {
   const int64_t runs = (r.cells + RUN - 1) / RUN;
-  std::vector<float> memory(r.threads * r.dim);
-#pragma omp parallel num_threads((int)r.threads) if (r.groups * r.cells * r.children * r.dim > SHORT)
-  {
-    float* const row = memory.data() + thread() * r.dim;
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < r.groups * runs; task++) {
-      const Cell at(r, task / runs);
-      const int64_t first = task % runs * RUN;
-      for (int64_t cell = first; cell < std::min(first + RUN, r.cells); cell++) {
-        float* to = r.to + at.g * r.stride + cell * r.dim;
-        std::memset(to, 0, r.dim * 4);
-        for (int64_t i = 0; i < r.children; i++) {
-          const int64_t child = r.table[cell * r.children + i];
-          const float x = at.coefficient(cell, i);
-          if (child < 0 || x == 0.0f) continue;
-          const int64_t place = at.g * r.below_stride + child * r.dim;
-          const float* from = (const float*)r.from + place;
-          if (r.dtype != FLOAT) {
-            read(r.from, place, (int)r.dtype, r.dim, row);
-            from = row;
-          }
-          if (at.weight) {
-            const float* w = at.weight + i * r.dim;
-            for (int64_t d = 0; d < r.dim; d++) to[d] += x * w[d] * from[d];
-          } else {
-            const float share = x / r.children;
-            for (int64_t d = 0; d < r.dim; d++) to[d] += share * from[d];
-          }
+  for (int64_t task = 0; task < r.groups * runs; task++) {
+    const Cell at(r, task / runs);
+    const int64_t first = task % runs * RUN;
+    for (int64_t cell = first; cell < std::min(first + RUN, r.cells); cell++) {
+      float* to = r.to + at.g * r.stride + cell * r.dim;
+      std::memset(to, 0, r.dim * 4);
+      for (int64_t i = 0; i < r.children; i++) {
+        const int64_t child = r.table[cell * r.children + i];
+        const float x = at.coefficient(cell, i);
+        if (child < 0 || x == 0.0f) continue;
+        const int64_t place = at.g * r.below_stride + child * r.dim;
+        const float* from = (const float*)r.from + place;
+        if (r.dtype != FLOAT) {
+          read(r.from, place, (int)r.dtype, r.dim, row);
+          from = row;
+        }
+        if (at.weight) {
+          const float* w = at.weight + i * r.dim;
+          for (int64_t d = 0; d < r.dim; d++) to[d] += x * w[d] * from[d];
+        } else {
+          const float share = x / r.children;
+          for (int64_t d = 0; d < r.dim; d++) to[d] += share * from[d];
         }
       }
     }
   }
 }
 
-extern "C" int farfield_reduce(const Reduction* reduction) {
-  return guarded([=] { reduce(*reduction); });
+// One after another: each may read what those before it wrote.
+extern "C" int farfield_reduce(const Reduction* reductions, int64_t number) {
+  return guarded([=] {
+    int64_t work = 0;
+    for (int64_t i = 0; i < number; i++) work += multiply_adds(reductions[i]);
+    const int64_t threads = reductions[0].threads, dim = reductions[0].dim;
+    std::vector<float> memory(threads * dim);
+#pragma omp parallel num_threads((int)threads) if (work > SHORT)
+    for (int64_t i = 0; i < number; i++) reduce(reductions[i], memory.data() + thread() * dim);
+  });
 }
 
 static void reduce_down(const Reduction& r) {
   const int64_t runs = (r.cells + RUN - 1) / RUN, size = r.grad_weight ? r.children * r.dim : 0;
   std::vector<float> sums(r.groups * runs * size);
   std::vector<float> memory(r.threads * r.dim);
-#pragma omp parallel num_threads((int)r.threads) if (r.groups * r.cells * r.children * r.dim > SHORT)
+#pragma omp parallel num_threads((int)r.threads) if (multiply_adds(r) > SHORT)
   {
     float* const row = memory.data() + thread() * r.dim;
 #pragma omp for schedule(static)
