@@ -398,23 +398,23 @@ struct Scratch {
 };
 
 // The causal (or other) bias inside a block, transposed and times log2(e), the first query that each key is seen by, and
-// whether there is any bias at all.
+// the end of the queries that have a bias.
 struct RowBias {
   std::vector<float> bias;              // [classes, biased, M]
   std::vector<int64_t> first;           // [classes, biased]
-  std::vector<char> any;                // [classes, biased]
+  std::vector<int64_t> until;           // [classes, biased]
 
   explicit RowBias(const Call& c) {
     if (!c.row_bias) return;
     bias.resize(c.classes * c.biased * c.queries);
     first.assign(c.classes * c.biased, c.queries);
-    any.assign(c.classes * c.biased, 0);
+    until.assign(c.classes * c.biased, 0);
     for (int64_t i = 0; i < c.classes; i++)
       for (int64_t m = 0; m < c.queries; m++)
         for (int64_t k = 0; k < c.biased; k++) {
           const float x = c.row_bias[(i * c.queries + m) * c.biased + k];
           bias[(i * c.biased + k) * c.queries + m] = x * LOG2E;
-          any[i * c.biased + k] |= x != 0.0f;
+          if (x != 0.0f) until[i * c.biased + k] = m + 1;
           int64_t& f = first[i * c.biased + k];
           if (x != NONE && f > m) f = m;
         }
@@ -440,13 +440,14 @@ struct List {
     const int64_t of_bias = g / (c.groups / c.biases);
     const float* shown = c.key_bias ? c.key_bias + (of_bias * c.units + u) * c.list : nullptr;
     const int64_t kind = c.row_class ? c.row_class[u] : 0;
-    count = lead = 0;
     // Lists are long beside the work of a few queries. Where no key has a bias of its own there is nothing to look up for
     // single keys, and their biases and first queries stay 0, as they were made.
     const bool plain = !shown && !c.row_bias;
     const void **const key_at = keys.data(), **const value_at = values.data();
-    int64_t *const column_at = column.data(), col = 0, n = 0;
+    int64_t *const column_at = column.data(), *const first_at = first.data(), col = 0, n = 0, leading = 0;
+    float *const bias_at = bias.data(), **const grad_key_at = grad_keys.data(), **const grad_value_at = grad_values.data();
     int* const dtype_at = dtype.data();
+    const int64_t *const seen_from = rows.first.data() + kind * c.biased, biased = c.row_bias ? c.biased : 0;
     for (int64_t s = 0; s < c.number; s++) {
       const Store store = c.stores[s];
       const int64_t wide = c.dim * size_of((int)store.dtype), base = g / (c.groups / store.shared) * store.rows;
@@ -459,27 +460,27 @@ struct List {
           col += store.width;
           continue;
         }
-        const int64_t first_at = (base + table[p]) * store.width;
-        for (int64_t at = first_at; at < first_at + store.width; at++, col++) {
+        const int64_t begin = (base + table[p]) * store.width;
+        for (int64_t at = begin; at < begin + store.width; at++, col++) {
           if (!plain) {
             const float b = shown ? shown[col] : 0.0f;
             if (b == NONE) continue;
-            const int64_t f = c.row_bias && col < c.biased ? rows.first[kind * c.biased + col] : 0;
+            const int64_t f = col < biased ? seen_from[col] : 0;
             if (f >= c.queries) continue;
-            bias[n] = b * LOG2E;
-            first[n] = f;
-            if (lead == n && c.row_bias && col < c.biased && (n == 0 || f >= first[n - 1])) lead++;
+            bias_at[n] = b * LOG2E;
+            first_at[n] = f;
+            if (leading == n && col < biased && (n == 0 || f >= first_at[n - 1])) leading++;
           }
           key_at[n] = (const char*)store.keys + at * wide;
           value_at[n] = (const char*)store.values + at * wide;
-          if (store.grad_keys) grad_keys[n] = to_keys + at * c.dim, grad_values[n] = to_values + at * c.dim;
+          if (store.grad_keys) grad_key_at[n] = to_keys + at * c.dim, grad_value_at[n] = to_values + at * c.dim;
           column_at[n] = col;
           dtype_at[n] = (int)store.dtype;
           n++;
         }
       }
     }
-    count = n;
+    count = n, lead = leading;
   }
 };
 
@@ -517,9 +518,10 @@ struct Worker {
   std::vector<float*> score_row, grad_score_row, grad_key_copy, grad_value_copy;
   const float **key_row, **value_row;   // of the keys at hand: in the list, or copies
   float **grad_key_row, **grad_value_row;
-  std::vector<int64_t> start;
+  std::vector<int64_t> start, seen;     // of every key: see score()
   int64_t g = 0, u = 0;
   Span span{0, 0};
+  std::vector<int64_t> place;           // of every row of the span in [G, r, U, M]
 
   Worker(const Call& call, const RowBias& row_bias, bool back)
       : c(call), rows(row_bias), wide(up_to(call.dim, PANEL)),
@@ -527,7 +529,7 @@ struct Worker {
         step(high + PANEL),  // not a power of two, or the rows of a panel would share the sets of the cache
         backward(back), in_place(call.dim == wide && floats(call)), list(call.list),
         key_copy(KEYS), value_copy(KEYS), score_row(KEYS), grad_score_row(KEYS), grad_key_copy(KEYS),
-        grad_value_copy(KEYS), start(KEYS) {
+        grad_value_copy(KEYS), start(KEYS), seen(KEYS), place(std::max(QUERIES, high)) {
     const int64_t small = wide * step, tall = KEYS * step, copies = KEYS * wide;
     scratch.start(6 * small + 2 * tall + 4 * copies + 4 * high);
     query_t = scratch.take(small), out = scratch.take(small), scores = scratch.take(tall);
@@ -544,27 +546,35 @@ struct Worker {
 
   int64_t size() const { return span.to - span.from; }
 
-  // Index of row i of the span in [G, r, U, M].
-  int64_t place(int64_t i) const {
-    const int64_t row = span.from + i, head = row / c.queries;
-    return ((g * c.repeat + head) * c.units + u) * c.queries + row % c.queries;
+  // Turns to a span of the unit.
+  void turn(const Span& next) {
+    span = next;
+    int64_t head = span.from / c.queries, m = span.from % c.queries;
+    for (int64_t i = 0; i < size(); i++) {
+      place[i] = ((g * c.repeat + head) * c.units + u) * c.queries + m;
+      if (++m == c.queries) m = 0, head++;
+    }
   }
 
-  // Rows of the span of a [G, r, U, M, D] tensor as a matrix [rows, wide], 0 where there is none.
-  void matrix(const void* from, float* to, float factor) {
+  // Rows of the span of a [G, r, U, M, D] tensor as a matrix [rows, wide], 0 where there is none: where they lie, or else
+  // copied into ``to``.
+  const float* matrix(const void* from, float* to, float factor) {
+    if (factor == 1.0f && c.dtype == FLOAT && c.dim == wide && size() == high && one_head())
+      return (const float*)from + place[0] * c.dim;
     for (int64_t i = 0; i < size(); i++) {
-      read(from, place(i) * c.dim, (int)c.dtype, c.dim, to + i * wide);
+      read(from, place[i] * c.dim, (int)c.dtype, c.dim, to + i * wide);
       if (factor != 1.0f)
         for (int64_t d = 0; d < c.dim; d++) to[i * wide + d] *= factor;
       for (int64_t d = c.dim; d < wide; d++) to[i * wide + d] = 0.0f;
     }
     std::memset(to + size() * wide, 0, (high - size()) * wide * 4);
+    return to;
   }
 
   // to[d][i] = from[i][d] * factor, four by four
   void transpose(const float* from, float* to, float factor) {
-    for (int64_t d = 0; d < wide; d += 4)
-      for (int64_t i = 0; i < high; i += 4) {
+    for (int64_t i = 0; i < high; i += 4)
+      for (int64_t d = 0; d < wide; d += 4) {
         Four r[4];
         for (int j = 0; j < 4; j++) std::memcpy(&r[j], from + (i + j) * wide + d, 16), r[j] *= factor;
         const Four a = shuffle(r[0], r[1], 0, 4, 1, 5), b = shuffle(r[0], r[1], 2, 6, 3, 7);
@@ -618,42 +628,40 @@ struct Worker {
 
   bool one_head() const { return span.from / c.queries == (span.to - 1) / c.queries; }
 
-  // Biased scores, times log2(e), of keys [from, from + n): scores[k][i]. start[k]: the first query that a key's tile of
-  // rows was computed for; the ones before do not see it.
+  // Biased scores, times log2(e), of keys [from, from + n): scores[k][i]. seen[k]: the first query that sees a key;
+  // start[k]: the first one that its tile of rows was computed for.
   void score(int64_t from, int64_t n) {
     const int64_t offset = span.from % c.queries;
+    const bool triangle = one_head();
+    for (int64_t k = 0; k < n; k++) {
+      seen[k] = triangle ? std::max<int64_t>(0, list.first[from + k] - offset) : 0;
+      score_row[k] = scores + k * step;
+    }
     for (int64_t i = 0; i < n; i += TALL) {
       const int64_t tall = std::min<int64_t>(TALL, n - i);
       int64_t first = high;
-      for (int64_t k = i; k < i + tall; k++) {
-        const int64_t f = one_head() ? std::max<int64_t>(0, list.first[from + k] - offset) : 0;
-        first = std::min(first, f / PANEL * PANEL);
-        score_row[k] = scores + k * step;
-      }
+      for (int64_t k = i; k < i + tall; k++) first = std::min(first, seen[k] / PANEL * PANEL);
       for (int64_t k = i; k < i + tall; k++) start[k] = first;
       row_tiles<false>((int)tall, key_row + i, score_row.data() + i, 0, c.dim, query_t, step, first, high,
                        list.bias.data() + from + i);
     }
     if (!c.head_bias && !c.row_bias) return;
-    const int64_t head_of_group = g % (c.groups / c.batch), kind = c.row_class ? c.row_class[u] : 0;
-    for (int64_t k = 0; k < n; k++) {
-      const int64_t col = list.column[from + k];
-      const bool biased = c.row_bias && col < c.biased && rows.any[kind * c.biased + col];
-      if (!biased && !c.head_bias) continue;
-      float* row = scores + k * step;
-      for (int64_t i = 0; i < size();) {
-        const int64_t at = span.from + i, head = at / c.queries, m = at % c.queries;
-        const int64_t end = std::min(size(), i + c.queries - m);
-        if (c.head_bias) {
-          const float b = c.head_bias[(head_of_group * c.repeat + head) * c.list + col] * LOG2E;
-          if (b != 0.0f)
-            for (int64_t e = std::max(i, start[k]); e < end; e++) row[e] += b;
-        }
-        if (biased) {
-          const float* b = rows.bias.data() + (kind * c.biased + col) * c.queries + m - i;
-          for (int64_t e = std::max(i, start[k]); e < end; e++) row[e] += b[e];
-        }
-        i = end;
+    const int64_t head_of_group = g % (c.groups / c.batch), biased = c.row_bias ? c.biased : 0;
+    const int64_t kind = biased && c.row_class ? c.row_class[u] * biased : 0;
+    for (int64_t i = 0, end; i < size(); i = end) {
+      const int64_t head = (span.from + i) / c.queries, m = (span.from + i) % c.queries;
+      const float* const of_head = c.head_bias ? c.head_bias + (head_of_group * c.repeat + head) * c.list : nullptr;
+      end = std::min(size(), i + c.queries - m);
+      for (int64_t k = 0; k < n; k++) {
+        const int64_t col = list.column[from + k], first = std::max(i, start[k]);
+        float* const row = scores + k * step;
+        const float x = of_head ? of_head[col] * LOG2E : 0.0f;
+        if (x != 0.0f)
+          for (int64_t e = first; e < end; e++) row[e] += x;
+        if (col >= biased) continue;
+        const float* const b = rows.bias.data() + (kind + col) * c.queries + m - i;
+        const int64_t last = std::min(end, rows.until[kind + col] - m + i);
+        for (int64_t e = first; e < last; e++) row[e] += b[e];
       }
     }
   }
@@ -666,7 +674,7 @@ struct Worker {
       for (int64_t j = 0; j < wide; j += PANEL)
         for (int64_t i = 0, end = 0; i < size(); i += TALL) {
           const int64_t tall = std::min<int64_t>(TALL, size() - i);
-          while (end < lead && start[first + end] < i + tall) end++;
+          while (end < lead && seen[first + end] < i + tall) end++;
           column_tiles((int)tall, weights + first * step + i, step, row + first, end, lead, count, into + i * wide, wide, j);
         }
     }
@@ -729,8 +737,7 @@ struct Worker {
 
   void forward_span() {
     if (size() <= FEW) return forward_few();
-    matrix(c.query, out, 1.0f);
-    transpose(out, query_t, c.scale * LOG2E);
+    transpose(matrix(c.query, out, 1.0f), query_t, c.scale * LOG2E);
     std::memset(out, 0, high * wide * 4);
     for (int64_t i = 0; i < high; i++) top[i] = NONE, total[i] = 0.0f;
     for (int64_t from = 0; from < list.count; from += KEYS) {
@@ -747,8 +754,8 @@ struct Worker {
   void finish() {
     for (int64_t i = 0; i < size(); i++) {
       const bool none = total[i] == 0.0f;
-      c.lse[place(i)] = none ? NONE : (std::log2(total[i]) + top[i]) / LOG2E;
-      write(c.out, place(i) * c.dim, (int)c.dtype, c.dim, out + i * wide, none ? 1.0f : 1.0f / total[i]);
+      c.lse[place[i]] = none ? NONE : (std::log2(total[i]) + top[i]) / LOG2E;
+      write(c.out, place[i] * c.dim, (int)c.dtype, c.dim, out + i * wide, none ? 1.0f : 1.0f / total[i]);
     }
   }
 
@@ -756,13 +763,13 @@ struct Worker {
     if (size() <= FEW) return backward_few(grad_head);
     matrix(c.query, query, c.scale);
     transpose(query, query_t, LOG2E);
-    matrix(c.grad_out, grad, 1.0f);
-    transpose(grad, grad_t, 1.0f);
+    const float* const grad_rows = matrix(c.grad_out, grad, 1.0f);
+    transpose(grad_rows, grad_t, 1.0f);
     std::memset(grad_query, 0, high * wide * 4);
     for (int64_t i = 0; i < high; i++) {
-      const float x = i < size() ? c.lse[place(i)] : NONE;
+      const float x = i < size() ? c.lse[place[i]] : NONE;
       top[i] = x == NONE ? -NONE : x * LOG2E;  // a query that sees nothing gives every key the weight 0
-      delta[i] = i < size() ? c.delta[place(i)] : 0.0f;
+      delta[i] = i < size() ? c.delta[place[i]] : 0.0f;
     }
     for (int64_t from = 0; from < list.count; from += KEYS) {
       const int64_t n = std::min(KEYS, list.count - from);
@@ -786,7 +793,7 @@ struct Worker {
         }
       }
       gather(grad_scores, key_row, grad_query, from, n);
-      scatter(score_row.data(), grad, grad_value_row, n);
+      scatter(score_row.data(), grad_rows, grad_value_row, n);
       scatter(grad_score_row.data(), query, grad_key_row, n);
       give_back(from, n);
       if (grad_head)
@@ -800,7 +807,7 @@ struct Worker {
           }
     }
     for (int64_t i = 0; i < size(); i++)
-      write(c.grad_query, place(i) * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
+      write(c.grad_query, place[i] * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
   }
 
   // Products of a few rows with keys or values [from, from + n): to[q][k], for whole vectors of keys. ``other`` is what
@@ -874,17 +881,17 @@ struct Worker {
 
   void backward_few(float* grad_head) {
     matrix(c.query, query, c.scale);
-    matrix(c.grad_out, grad, 1.0f);
+    const float* const grad_rows = matrix(c.grad_out, grad, 1.0f);
     std::memset(grad_query, 0, size() * wide * 4);
     for (int64_t from = 0; from < list.count; from += KEYS) {
       const int64_t n = std::min(KEYS, list.count - from);
       fetch(from, n);
       score_few(from, n);
-      products(grad, value_row, key_row, n, grad_scores);
+      products(grad_rows, value_row, key_row, n, grad_scores);
       for (int64_t i = 0; i < size(); i++) {
         float *s = scores + i * KEYS, *t = grad_scores + i * KEYS;
-        const float x = c.lse[place(i)];
-        const Vector most = all(x == NONE ? -NONE : x * LOG2E), less = all(c.delta[place(i)]);
+        const float x = c.lse[place[i]];
+        const Vector most = all(x == NONE ? -NONE : x * LOG2E), less = all(c.delta[place[i]]);
         for (int64_t k = 0; k < n; k += LANES) {
           const Vector y = load(s + k) - most, w = exp2_of(y > Vector{} ? Vector{} : y);
           put(s + k, w);
@@ -894,12 +901,12 @@ struct Worker {
           grad_head[(span.from + i) / c.queries * c.list + list.column[from + k]] += t[k];
       }
       mix(grad_scores, size(), KEYS, key_row, n, grad_query, wide);
-      spread(scores, size(), KEYS, grad, grad_value_row, n, wide);
+      spread(scores, size(), KEYS, grad_rows, grad_value_row, n, wide);
       spread(grad_scores, size(), KEYS, query, grad_key_row, n, wide);
       give_back(from, n);
     }
     for (int64_t i = 0; i < size(); i++)
-      write(c.grad_query, place(i) * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
+      write(c.grad_query, place[i] * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
   }
 };
 
@@ -945,7 +952,7 @@ static void attend(const Call& c) {
       for (worker.u = first; worker.u < std::min(first + run, c.units); worker.u++) {
         worker.list.read(c, rows, worker.g, worker.u, nullptr, nullptr);
         for (const Span& span : cut) {
-          worker.span = span;
+          worker.turn(span);
           worker.forward_span();
         }
       }
@@ -1012,7 +1019,7 @@ static void attend_backward(const Call& c) {
       for (worker.u = c.units * part / parts.count; worker.u < c.units * (part + 1) / parts.count; worker.u++) {
         worker.list.read(c, rows, worker.g, worker.u, parts.extra(part), parts.offsets.data());
         for (const Span& span : cut) {
-          worker.span = span;
+          worker.turn(span);
           worker.backward_span(heads ? head_sums.data() + task * heads : nullptr);
         }
       }
