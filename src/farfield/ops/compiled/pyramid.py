@@ -79,15 +79,15 @@ def reduction(
     """Cells as the sum over children of coefficient * weight * child; the caller keeps the tensors alive.
 
     Args:
-        below: [B * H, n, D] float32, bfloat16 or float16, contiguous but for the first axis, as is
-        cells: [B * H, cells, D] float32, written.
+        below: [B * H, n, D] float32, bfloat16 or float16, contiguous but for the first axis.
+        cells: [B * H, cells, D] float32, written; contiguous but for the first axis.
         table: of :func:`children`.
         heads: H.
         coefficients: [B', cells, children] float32 or None for 1.
         weight: [1 or H, children, D] float32 or None for 1 / children.
     """
     for x in (below, cells):
-        assert x.stride()[1:] == (x.shape[2], 1)
+        assert x[0].is_contiguous()
     return Reduction(
         groups=below.shape[0], heads=heads, batches=0 if coefficients is None else coefficients.shape[0],
         dim=below.shape[2], cells=table.shape[0], children=table.shape[1],

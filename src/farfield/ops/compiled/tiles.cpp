@@ -938,7 +938,7 @@ static std::unique_ptr<Worker> hire(const Call& c, const RowBias& rows, bool bac
 static void attend(const Call& c) {
   const RowBias rows(c);
   const std::vector<Span> cut = spans(c);
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, c.units * c.groups / (4 * c.threads)));
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, c.units * c.groups / (16 * c.threads)));
   const int64_t runs = (c.units + run - 1) / run, tasks = c.groups * runs;
   bool failed = false;
 #pragma omp parallel num_threads((int)c.threads)
