@@ -1118,12 +1118,12 @@ static void reduce(const Reduction& r, float* row) {
 // One after another: each may read what those before it wrote.
 extern "C" int farfield_reduce(const Reduction* reductions, int64_t number) {
   return guarded([=] {
-    int64_t work = 0;
-    for (int64_t i = 0; i < number; i++) work += multiply_adds(reductions[i]);
     const int64_t threads = reductions[0].threads, dim = reductions[0].dim;
     std::vector<float> memory(threads * dim);
-#pragma omp parallel num_threads((int)threads) if (work > SHORT)
-    for (int64_t i = 0; i < number; i++) reduce(reductions[i], memory.data() + thread() * dim);
+    for (int64_t i = 0; i < number; i++) {
+#pragma omp parallel num_threads((int)threads) if (multiply_adds(reductions[i]) > SHORT)
+      reduce(reductions[i], memory.data() + thread() * dim);
+    }
   });
 }
 
