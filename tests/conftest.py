@@ -50,13 +50,18 @@ def invoke() -> Callable[..., Result]:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """New memory is NaN until somebody writes to it (torch.empty, new_empty, empty_like, on every device)."""
+    from farfield.ops import memory
+
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    kept, memory.KEPT = memory.KEPT, 0  # buffers that are used again would not be NaN
+    memory.forget()
     try:
         assert torch.empty(8).isnan().all()
         yield
     finally:
+        memory.KEPT = kept
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(before)

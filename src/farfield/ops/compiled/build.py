@@ -183,7 +183,7 @@ def _load(path: Path) -> ctypes.CDLL:
     signatures = {
         "farfield_attend": [ctypes.POINTER(Call)],
         "farfield_attend_backward": [ctypes.POINTER(Call)],
-        "farfield_reduce": [ctypes.POINTER(Reduction)],
+        "farfield_reduce": [ctypes.POINTER(Reduction), number],
         "farfield_reduce_down": [ctypes.POINTER(Reduction)],
         "farfield_delta": [address, address, address, address, number, number, number, number],
         "farfield_top": [address, number, number, number, address, number],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 
@@ -19,7 +20,7 @@ from farfield.geometry import EMPTY, Geometry, Ints
 from farfield.ops.compiled.build import check, library
 from farfield.ops.compiled.tiles import DTYPES, pointer
 
-__all__ = ["Reduction", "children", "reduce", "reduce_down"]
+__all__ = ["Reduction", "children", "reduce", "reduce_down", "reduction"]
 
 
 class Reduction(ctypes.Structure):
@@ -72,10 +73,19 @@ def children(geometry: Geometry, level: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32))
 
 
-def _reduction(
+def reduction(
     below: Tensor, cells: Tensor, table: Tensor, heads: int, coefficients: Tensor | None, weight: Tensor | None
 ) -> Reduction:
-    """``below`` [G, n, D] and ``cells`` [G, m, D] contiguous but for the first axis."""
+    """Cells as the sum over children of coefficient * weight * child; the caller keeps the tensors alive.
+
+    Args:
+        below: [B * H, n, D] float32, bfloat16 or float16, contiguous but for the first axis.
+        cells: [B * H, cells, D] float32, written; contiguous but for the first axis.
+        table: of :func:`children`.
+        heads: H.
+        coefficients: [B', cells, children] float32 or None for 1.
+        weight: [1 or H, children, D] float32 or None for 1 / children.
+    """
     for x in (below, cells):
         assert x[0].is_contiguous()
     return Reduction(
@@ -87,21 +97,10 @@ def _reduction(
     )  # fmt: skip
 
 
-def reduce(
-    below: Tensor, cells: Tensor, table: Tensor, heads: int, coefficients: Tensor | None, weight: Tensor | None
-) -> None:
-    """Writes into ``cells`` the sum over children of coefficient * weight * child.
-
-    Args:
-        below: [B * H, n, D] float32, bfloat16 or float16.
-        cells: [B * H, cells, D] float32, written.
-        table: of :func:`children`.
-        heads: H.
-        coefficients: [B', cells, children] float32 or None for 1.
-        weight: [1 or H, children, D] float32 or None for 1 / children.
-    """
-    reduction = _reduction(below, cells, table, heads, coefficients, weight)
-    check(library().farfield_reduce(ctypes.byref(reduction)))
+def reduce(reductions: Sequence[Reduction]) -> None:
+    """Carries out reductions one after another, in one call: each may read what those before it wrote."""
+    array = (Reduction * len(reductions))(*reductions)
+    check(library().farfield_reduce(array, len(reductions)))
 
 
 def reduce_down(
@@ -114,9 +113,9 @@ def reduce_down(
     weight: Tensor | None,
 ) -> Tensor | None:
     """Adds to ``grad_below`` the gradient of :func:`reduce` for ``grad`` of its cells; returns that of ``weight``."""
-    reduction = _reduction(below, grad, table, heads, coefficients, weight)
+    call = reduction(below, grad, table, heads, coefficients, weight)
     assert grad_below[0].is_contiguous() and (grad_below.shape[0] == 1 or grad_below.stride(0) == below.stride(0))
     grad_weight = None if weight is None else torch.zeros_like(weight)
-    reduction.grad_from, reduction.grad_weight = grad_below.data_ptr(), pointer(grad_weight)
-    check(library().farfield_reduce_down(ctypes.byref(reduction)))
+    call.grad_from, call.grad_weight = grad_below.data_ptr(), pointer(grad_weight)
+    check(library().farfield_reduce_down(ctypes.byref(call)))
     return grad_weight

@@ -59,20 +59,20 @@ static inline Vector load(const float* p) { return *(const Loose*)p; }
 static inline void put(float* p, Vector v) { *(Loose*)p = v; }
 static inline Vector all(float x) { return x - Vector{}; }
 
-// 2^x for x <= 0 with a relative error below 2e-7; 0 below 2^-126.5, where the exponent's bits are 0; NaN stays NaN.
+// 2^x for x <= 0 with a relative error below 2e-7; 0 below -126.5, where the exponent's bits are 0; NaN stays NaN.
 static inline Vector exp2_of(Vector x) {
-  const Vector low = all(-127.0f), magic = all(12582912.0f);
-  const Vector y = x < low ? low : x;
+  // The bits of x + magic end in the exponent of the nearest power of two, its bias of 127 included.
+  const Vector low = all(-127.0f), magic = all(12582912.0f + 127.0f);
+  const Vector y = low > x ? low : x;
   const Vector t = y + magic;
   const Vector f = y - (t - magic);
-  Vector p = all(1.5337577e-4f);
-  p = p * f + 1.3399860e-3f;
-  p = p * f + 9.6185198e-3f;
-  p = p * f + 5.5503290e-2f;
-  p = p * f + 2.4022646e-1f;
-  p = p * f + 6.9314718e-1f;
+  Vector p = all(1.3264727e-3f);
+  p = p * f + 9.6715126e-3f;
+  p = p * f + 5.5507337e-2f;
+  p = p * f + 2.4022242e-1f;
+  p = p * f + 6.9314698e-1f;
   p = p * f + 1.0f;
-  return p * (Vector)(((Ints)t - (Ints)magic + 127) << 23);
+  return p * (Vector)((Ints)t << 23);
 }
 
 // Storage: float32, bfloat16, float16 --------------------------------------------------------------------------------
@@ -192,6 +192,7 @@ static inline void column_tile(const float* a, int64_t step, const float* const*
   }
   for (int part = 0; part < 2; part++) {
     const int64_t stop = part ? count : end;
+#pragma GCC unroll 4
     for (int64_t k = part ? again : 0; k < stop; k++) {
       const Vector b0 = load(b[k] + j), b1 = load(b[k] + j + LANES);
       const float* x = a + k * step;
@@ -397,23 +398,23 @@ struct Scratch {
 };
 
 // The causal (or other) bias inside a block, transposed and times log2(e), the first query that each key is seen by, and
-// whether there is any bias at all.
+// the end of the queries that have a bias.
 struct RowBias {
   std::vector<float> bias;              // [classes, biased, M]
   std::vector<int64_t> first;           // [classes, biased]
-  std::vector<char> any;                // [classes, biased]
+  std::vector<int64_t> until;           // [classes, biased]
 
   explicit RowBias(const Call& c) {
     if (!c.row_bias) return;
     bias.resize(c.classes * c.biased * c.queries);
     first.assign(c.classes * c.biased, c.queries);
-    any.assign(c.classes * c.biased, 0);
+    until.assign(c.classes * c.biased, 0);
     for (int64_t i = 0; i < c.classes; i++)
       for (int64_t m = 0; m < c.queries; m++)
         for (int64_t k = 0; k < c.biased; k++) {
           const float x = c.row_bias[(i * c.queries + m) * c.biased + k];
           bias[(i * c.biased + k) * c.queries + m] = x * LOG2E;
-          any[i * c.biased + k] |= x != 0.0f;
+          if (x != 0.0f) until[i * c.biased + k] = m + 1;
           int64_t& f = first[i * c.biased + k];
           if (x != NONE && f > m) f = m;
         }
@@ -439,13 +440,14 @@ struct List {
     const int64_t of_bias = g / (c.groups / c.biases);
     const float* shown = c.key_bias ? c.key_bias + (of_bias * c.units + u) * c.list : nullptr;
     const int64_t kind = c.row_class ? c.row_class[u] : 0;
-    count = lead = 0;
     // Lists are long beside the work of a few queries. Where no key has a bias of its own there is nothing to look up for
     // single keys, and their biases and first queries stay 0, as they were made.
     const bool plain = !shown && !c.row_bias;
     const void **const key_at = keys.data(), **const value_at = values.data();
-    int64_t *const column_at = column.data(), col = 0, n = 0;
+    int64_t *const column_at = column.data(), *const first_at = first.data(), col = 0, n = 0, leading = 0;
+    float *const bias_at = bias.data(), **const grad_key_at = grad_keys.data(), **const grad_value_at = grad_values.data();
     int* const dtype_at = dtype.data();
+    const int64_t *const seen_from = rows.first.data() + kind * c.biased, biased = c.row_bias ? c.biased : 0;
     for (int64_t s = 0; s < c.number; s++) {
       const Store store = c.stores[s];
       const int64_t wide = c.dim * size_of((int)store.dtype), base = g / (c.groups / store.shared) * store.rows;
@@ -458,27 +460,27 @@ struct List {
           col += store.width;
           continue;
         }
-        const int64_t first_at = (base + table[p]) * store.width;
-        for (int64_t at = first_at; at < first_at + store.width; at++, col++) {
+        const int64_t begin = (base + table[p]) * store.width;
+        for (int64_t at = begin; at < begin + store.width; at++, col++) {
           if (!plain) {
             const float b = shown ? shown[col] : 0.0f;
             if (b == NONE) continue;
-            const int64_t f = c.row_bias && col < c.biased ? rows.first[kind * c.biased + col] : 0;
+            const int64_t f = col < biased ? seen_from[col] : 0;
             if (f >= c.queries) continue;
-            bias[n] = b * LOG2E;
-            first[n] = f;
-            if (lead == n && c.row_bias && col < c.biased && (n == 0 || f >= first[n - 1])) lead++;
+            bias_at[n] = b * LOG2E;
+            first_at[n] = f;
+            if (leading == n && col < biased && (n == 0 || f >= first_at[n - 1])) leading++;
           }
           key_at[n] = (const char*)store.keys + at * wide;
           value_at[n] = (const char*)store.values + at * wide;
-          if (store.grad_keys) grad_keys[n] = to_keys + at * c.dim, grad_values[n] = to_values + at * c.dim;
+          if (store.grad_keys) grad_key_at[n] = to_keys + at * c.dim, grad_value_at[n] = to_values + at * c.dim;
           column_at[n] = col;
           dtype_at[n] = (int)store.dtype;
           n++;
         }
       }
     }
-    count = n;
+    count = n, lead = leading;
   }
 };
 
@@ -516,9 +518,10 @@ struct Worker {
   std::vector<float*> score_row, grad_score_row, grad_key_copy, grad_value_copy;
   const float **key_row, **value_row;   // of the keys at hand: in the list, or copies
   float **grad_key_row, **grad_value_row;
-  std::vector<int64_t> start;
+  std::vector<int64_t> start, seen;     // of every key: see score()
   int64_t g = 0, u = 0;
   Span span{0, 0};
+  std::vector<int64_t> place;           // of every row of the span in [G, r, U, M]
 
   Worker(const Call& call, const RowBias& row_bias, bool back)
       : c(call), rows(row_bias), wide(up_to(call.dim, PANEL)),
@@ -526,7 +529,7 @@ struct Worker {
         step(high + PANEL),  // not a power of two, or the rows of a panel would share the sets of the cache
         backward(back), in_place(call.dim == wide && floats(call)), list(call.list),
         key_copy(KEYS), value_copy(KEYS), score_row(KEYS), grad_score_row(KEYS), grad_key_copy(KEYS),
-        grad_value_copy(KEYS), start(KEYS) {
+        grad_value_copy(KEYS), start(KEYS), seen(KEYS), place(std::max(QUERIES, high)) {
     const int64_t small = wide * step, tall = KEYS * step, copies = KEYS * wide;
     scratch.start(6 * small + 2 * tall + 4 * copies + 4 * high);
     query_t = scratch.take(small), out = scratch.take(small), scores = scratch.take(tall);
@@ -543,27 +546,35 @@ struct Worker {
 
   int64_t size() const { return span.to - span.from; }
 
-  // Index of row i of the span in [G, r, U, M].
-  int64_t place(int64_t i) const {
-    const int64_t row = span.from + i, head = row / c.queries;
-    return ((g * c.repeat + head) * c.units + u) * c.queries + row % c.queries;
+  // Turns to a span of the unit.
+  void turn(const Span& next) {
+    span = next;
+    int64_t head = span.from / c.queries, m = span.from % c.queries;
+    for (int64_t i = 0; i < size(); i++) {
+      place[i] = ((g * c.repeat + head) * c.units + u) * c.queries + m;
+      if (++m == c.queries) m = 0, head++;
+    }
   }
 
-  // Rows of the span of a [G, r, U, M, D] tensor as a matrix [rows, wide], 0 where there is none.
-  void matrix(const void* from, float* to, float factor) {
+  // Rows of the span of a [G, r, U, M, D] tensor as a matrix [rows, wide], 0 where there is none: where they lie, or else
+  // copied into ``to``.
+  const float* matrix(const void* from, float* to, float factor) {
+    if (factor == 1.0f && c.dtype == FLOAT && c.dim == wide && size() == high && one_head())
+      return (const float*)from + place[0] * c.dim;
     for (int64_t i = 0; i < size(); i++) {
-      read(from, place(i) * c.dim, (int)c.dtype, c.dim, to + i * wide);
+      read(from, place[i] * c.dim, (int)c.dtype, c.dim, to + i * wide);
       if (factor != 1.0f)
         for (int64_t d = 0; d < c.dim; d++) to[i * wide + d] *= factor;
       for (int64_t d = c.dim; d < wide; d++) to[i * wide + d] = 0.0f;
     }
     std::memset(to + size() * wide, 0, (high - size()) * wide * 4);
+    return to;
   }
 
   // to[d][i] = from[i][d] * factor, four by four
   void transpose(const float* from, float* to, float factor) {
-    for (int64_t d = 0; d < wide; d += 4)
-      for (int64_t i = 0; i < high; i += 4) {
+    for (int64_t i = 0; i < high; i += 4)
+      for (int64_t d = 0; d < wide; d += 4) {
         Four r[4];
         for (int j = 0; j < 4; j++) std::memcpy(&r[j], from + (i + j) * wide + d, 16), r[j] *= factor;
         const Four a = shuffle(r[0], r[1], 0, 4, 1, 5), b = shuffle(r[0], r[1], 2, 6, 3, 7);
@@ -617,42 +628,40 @@ struct Worker {
 
   bool one_head() const { return span.from / c.queries == (span.to - 1) / c.queries; }
 
-  // Biased scores, times log2(e), of keys [from, from + n): scores[k][i]. start[k]: the first query that a key's tile of
-  // rows was computed for; the ones before do not see it.
+  // Biased scores, times log2(e), of keys [from, from + n): scores[k][i]. seen[k]: the first query that sees a key;
+  // start[k]: the first one that its tile of rows was computed for.
   void score(int64_t from, int64_t n) {
     const int64_t offset = span.from % c.queries;
+    const bool triangle = one_head();
+    for (int64_t k = 0; k < n; k++) {
+      seen[k] = triangle ? std::max<int64_t>(0, list.first[from + k] - offset) : 0;
+      score_row[k] = scores + k * step;
+    }
     for (int64_t i = 0; i < n; i += TALL) {
       const int64_t tall = std::min<int64_t>(TALL, n - i);
       int64_t first = high;
-      for (int64_t k = i; k < i + tall; k++) {
-        const int64_t f = one_head() ? std::max<int64_t>(0, list.first[from + k] - offset) : 0;
-        first = std::min(first, f / PANEL * PANEL);
-        score_row[k] = scores + k * step;
-      }
+      for (int64_t k = i; k < i + tall; k++) first = std::min(first, seen[k] / PANEL * PANEL);
       for (int64_t k = i; k < i + tall; k++) start[k] = first;
       row_tiles<false>((int)tall, key_row + i, score_row.data() + i, 0, c.dim, query_t, step, first, high,
                        list.bias.data() + from + i);
     }
     if (!c.head_bias && !c.row_bias) return;
-    const int64_t head_of_group = g % (c.groups / c.batch), kind = c.row_class ? c.row_class[u] : 0;
-    for (int64_t k = 0; k < n; k++) {
-      const int64_t col = list.column[from + k];
-      const bool biased = c.row_bias && col < c.biased && rows.any[kind * c.biased + col];
-      if (!biased && !c.head_bias) continue;
-      float* row = scores + k * step;
-      for (int64_t i = 0; i < size();) {
-        const int64_t at = span.from + i, head = at / c.queries, m = at % c.queries;
-        const int64_t end = std::min(size(), i + c.queries - m);
-        if (c.head_bias) {
-          const float b = c.head_bias[(head_of_group * c.repeat + head) * c.list + col] * LOG2E;
-          if (b != 0.0f)
-            for (int64_t e = std::max(i, start[k]); e < end; e++) row[e] += b;
-        }
-        if (biased) {
-          const float* b = rows.bias.data() + (kind * c.biased + col) * c.queries + m - i;
-          for (int64_t e = std::max(i, start[k]); e < end; e++) row[e] += b[e];
-        }
-        i = end;
+    const int64_t head_of_group = g % (c.groups / c.batch), biased = c.row_bias ? c.biased : 0;
+    const int64_t kind = biased && c.row_class ? c.row_class[u] * biased : 0;
+    for (int64_t i = 0, end; i < size(); i = end) {
+      const int64_t head = (span.from + i) / c.queries, m = (span.from + i) % c.queries;
+      const float* const of_head = c.head_bias ? c.head_bias + (head_of_group * c.repeat + head) * c.list : nullptr;
+      end = std::min(size(), i + c.queries - m);
+      for (int64_t k = 0; k < n; k++) {
+        const int64_t col = list.column[from + k], first = std::max(i, start[k]);
+        float* const row = scores + k * step;
+        const float x = of_head ? of_head[col] * LOG2E : 0.0f;
+        if (x != 0.0f)
+          for (int64_t e = first; e < end; e++) row[e] += x;
+        if (col >= biased) continue;
+        const float* const b = rows.bias.data() + (kind + col) * c.queries + m - i;
+        const int64_t last = std::min(end, rows.until[kind + col] - m + i);
+        for (int64_t e = first; e < last; e++) row[e] += b[e];
       }
     }
   }
@@ -665,7 +674,7 @@ struct Worker {
       for (int64_t j = 0; j < wide; j += PANEL)
         for (int64_t i = 0, end = 0; i < size(); i += TALL) {
           const int64_t tall = std::min<int64_t>(TALL, size() - i);
-          while (end < lead && start[first + end] < i + tall) end++;
+          while (end < lead && seen[first + end] < i + tall) end++;
           column_tiles((int)tall, weights + first * step + i, step, row + first, end, lead, count, into + i * wide, wide, j);
         }
     }
@@ -685,47 +694,57 @@ struct Worker {
     }
   }
 
+  // Turns the scores of n keys into weights, of which every query's largest so far is 1; what ``before`` has been added up
+  // shrinks to them. On its own, so that the constants stay in registers.
+  __attribute__((noinline)) void weigh(int64_t n, bool before) {
+    for (int64_t i = 0; i < high; i += PANEL) {
+      // Two vectors at a time: one line of the cache. The keys of a tile of rows are seen together, or not at all.
+      float* const panel = scores + i;
+      Vector most[2] = {load(top + i), load(top + i + LANES)};
+      for (int64_t k = 0; k < n; k += TALL)
+        for (int64_t e = k; start[k] <= i && e < std::min<int64_t>(k + TALL, n); e++)
+          for (int v = 0; v < 2; v++) {
+            const Vector s = load(panel + e * step + v * LANES);
+            most[v] = s > most[v] ? s : most[v];
+          }
+      Vector shift[2], shrink[2], sum[2];
+      for (int v = 0; v < 2; v++) {
+        shift[v] = most[v] == all(NONE) ? Vector{} : most[v];
+        shrink[v] = exp2_of(load(top + i + v * LANES) - shift[v]);
+        sum[v] = load(total + i + v * LANES) * shrink[v];
+      }
+      for (int64_t k = 0; k < n; k += TALL) {
+        const int64_t end = std::min<int64_t>(k + TALL, n);
+        if (start[k] > i) {
+          for (int64_t e = k; e < end; e++) put(panel + e * step, Vector{}), put(panel + e * step + LANES, Vector{});
+          continue;
+        }
+        for (int64_t e = k; e < end; e++)
+          for (int v = 0; v < 2; v++) {
+            float* const p = panel + e * step + v * LANES;
+            const Vector w = exp2_of(load(p) - shift[v]);
+            sum[v] += w;
+            put(p, w);
+          }
+      }
+      for (int v = 0; v < 2; v++) {
+        put(top + i + v * LANES, most[v]), put(total + i + v * LANES, sum[v]);
+        for (int64_t e = 0; before && e < LANES; e++)
+          for (int64_t d = 0; d < wide; d++) out[(i + v * LANES + e) * wide + d] *= shrink[v][e];
+      }
+    }
+  }
+
   void forward_span() {
     if (size() <= FEW) return forward_few();
-    matrix(c.query, out, 1.0f);
-    transpose(out, query_t, c.scale * LOG2E);
+    transpose(matrix(c.query, out, 1.0f), query_t, c.scale * LOG2E);
     std::memset(out, 0, high * wide * 4);
     for (int64_t i = 0; i < high; i++) top[i] = NONE, total[i] = 0.0f;
     for (int64_t from = 0; from < list.count; from += KEYS) {
       const int64_t n = std::min(KEYS, list.count - from);
       fetch(from, n);
       score(from, n);
-      for (int64_t i = 0; i < high; i += PANEL) {
-        // Two vectors at a time: one line of the cache.
-        Vector shrink[2], most[2] = {load(top + i), load(top + i + LANES)};
-        for (int64_t k = 0; k < n; k++)
-          if (start[k] <= i)
-            for (int v = 0; v < 2; v++) {
-              const Vector s = load(scores + k * step + i + v * LANES);
-              most[v] = s > most[v] ? s : most[v];
-            }
-        Vector shift[2], sum[2];
-        for (int v = 0; v < 2; v++) {
-          shift[v] = most[v] == all(NONE) ? Vector{} : most[v];
-          shrink[v] = exp2_of(load(top + i + v * LANES) - shift[v]);
-          sum[v] = load(total + i + v * LANES) * shrink[v];
-        }
-        for (int64_t k = 0; k < n; k++) {
-          float* p = scores + k * step + i;
-          const bool seen = start[k] <= i;
-          for (int v = 0; v < 2; v++) {
-            const Vector w = seen ? exp2_of(load(p + v * LANES) - shift[v]) : Vector{};
-            sum[v] += w;
-            put(p + v * LANES, w);
-          }
-        }
-        for (int v = 0; v < 2; v++) {
-          put(top + i + v * LANES, most[v]), put(total + i + v * LANES, sum[v]);
-          if (from)
-            for (int64_t e = 0; e < LANES; e++)
-              for (int64_t d = 0; d < wide; d++) out[(i + v * LANES + e) * wide + d] *= shrink[v][e];
-        }
-      }
+      weigh(n, from > 0);
       gather(scores, value_row, out, from, n);
     }
     finish();
@@ -735,8 +754,8 @@ struct Worker {
   void finish() {
     for (int64_t i = 0; i < size(); i++) {
       const bool none = total[i] == 0.0f;
-      c.lse[place(i)] = none ? NONE : (std::log2(total[i]) + top[i]) / LOG2E;
-      write(c.out, place(i) * c.dim, (int)c.dtype, c.dim, out + i * wide, none ? 1.0f : 1.0f / total[i]);
+      c.lse[place[i]] = none ? NONE : (std::log2(total[i]) + top[i]) / LOG2E;
+      write(c.out, place[i] * c.dim, (int)c.dtype, c.dim, out + i * wide, none ? 1.0f : 1.0f / total[i]);
     }
   }
 
@@ -744,13 +763,13 @@ struct Worker {
     if (size() <= FEW) return backward_few(grad_head);
     matrix(c.query, query, c.scale);
     transpose(query, query_t, LOG2E);
-    matrix(c.grad_out, grad, 1.0f);
-    transpose(grad, grad_t, 1.0f);
+    const float* const grad_rows = matrix(c.grad_out, grad, 1.0f);
+    transpose(grad_rows, grad_t, 1.0f);
     std::memset(grad_query, 0, high * wide * 4);
     for (int64_t i = 0; i < high; i++) {
-      const float x = i < size() ? c.lse[place(i)] : NONE;
+      const float x = i < size() ? c.lse[place[i]] : NONE;
       top[i] = x == NONE ? -NONE : x * LOG2E;  // a query that sees nothing gives every key the weight 0
-      delta[i] = i < size() ? c.delta[place(i)] : 0.0f;
+      delta[i] = i < size() ? c.delta[place[i]] : 0.0f;
     }
     for (int64_t from = 0; from < list.count; from += KEYS) {
       const int64_t n = std::min(KEYS, list.count - from);
@@ -774,7 +793,7 @@ struct Worker {
         }
       }
       gather(grad_scores, key_row, grad_query, from, n);
-      scatter(score_row.data(), grad, grad_value_row, n);
+      scatter(score_row.data(), grad_rows, grad_value_row, n);
       scatter(grad_score_row.data(), query, grad_key_row, n);
       give_back(from, n);
       if (grad_head)
@@ -788,7 +807,7 @@ struct Worker {
           }
     }
     for (int64_t i = 0; i < size(); i++)
-      write(c.grad_query, place(i) * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
+      write(c.grad_query, place[i] * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
   }
 
   // Products of a few rows with keys or values [from, from + n): to[q][k], for whole vectors of keys. ``other`` is what
@@ -862,17 +881,17 @@ struct Worker {
 
   void backward_few(float* grad_head) {
     matrix(c.query, query, c.scale);
-    matrix(c.grad_out, grad, 1.0f);
+    const float* const grad_rows = matrix(c.grad_out, grad, 1.0f);
     std::memset(grad_query, 0, size() * wide * 4);
     for (int64_t from = 0; from < list.count; from += KEYS) {
       const int64_t n = std::min(KEYS, list.count - from);
       fetch(from, n);
       score_few(from, n);
-      products(grad, value_row, key_row, n, grad_scores);
+      products(grad_rows, value_row, key_row, n, grad_scores);
       for (int64_t i = 0; i < size(); i++) {
         float *s = scores + i * KEYS, *t = grad_scores + i * KEYS;
-        const float x = c.lse[place(i)];
-        const Vector most = all(x == NONE ? -NONE : x * LOG2E), less = all(c.delta[place(i)]);
+        const float x = c.lse[place[i]];
+        const Vector most = all(x == NONE ? -NONE : x * LOG2E), less = all(c.delta[place[i]]);
         for (int64_t k = 0; k < n; k += LANES) {
           const Vector y = load(s + k) - most, w = exp2_of(y > Vector{} ? Vector{} : y);
           put(s + k, w);
@@ -882,12 +901,12 @@ struct Worker {
           grad_head[(span.from + i) / c.queries * c.list + list.column[from + k]] += t[k];
       }
       mix(grad_scores, size(), KEYS, key_row, n, grad_query, wide);
-      spread(scores, size(), KEYS, grad, grad_value_row, n, wide);
+      spread(scores, size(), KEYS, grad_rows, grad_value_row, n, wide);
       spread(grad_scores, size(), KEYS, query, grad_key_row, n, wide);
       give_back(from, n);
     }
     for (int64_t i = 0; i < size(); i++)
-      write(c.grad_query, place(i) * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
+      write(c.grad_query, place[i] * c.dim, (int)c.dtype, c.dim, grad_query + i * wide, c.scale);
   }
 };
 
@@ -919,7 +938,7 @@ static std::unique_ptr<Worker> hire(const Call& c, const RowBias& rows, bool bac
 static void attend(const Call& c) {
   const RowBias rows(c);
   const std::vector<Span> cut = spans(c);
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, c.units * c.groups / (4 * c.threads)));
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, c.units * c.groups / (16 * c.threads)));
   const int64_t runs = (c.units + run - 1) / run, tasks = c.groups * runs;
   bool failed = false;
 #pragma omp parallel num_threads((int)c.threads)
@@ -933,7 +952,7 @@ static void attend(const Call& c) {
       for (worker.u = first; worker.u < std::min(first + run, c.units); worker.u++) {
         worker.list.read(c, rows, worker.g, worker.u, nullptr, nullptr);
         for (const Span& span : cut) {
-          worker.span = span;
+          worker.turn(span);
           worker.forward_span();
         }
       }
@@ -1000,7 +1019,7 @@ static void attend_backward(const Call& c) {
       for (worker.u = c.units * part / parts.count; worker.u < c.units * (part + 1) / parts.count; worker.u++) {
         worker.list.read(c, rows, worker.g, worker.u, parts.extra(part), parts.offsets.data());
         for (const Span& span : cut) {
-          worker.span = span;
+          worker.turn(span);
           worker.backward_span(heads ? head_sums.data() + task * heads : nullptr);
         }
       }
@@ -1062,51 +1081,57 @@ struct Cell {
 constexpr int64_t RUN = 512;      // cells to a task
 constexpr int64_t SHORT = 1 << 17;  // multiply-adds that one thread does before others have begun
 
-static void reduce(const Reduction& r) {
+static int64_t multiply_adds(const Reduction& r) { return r.groups * r.cells * r.children * r.dim; }
+
+// Shared by the threads of a region; ``row`` is the thread's own.
+static void reduce(const Reduction& r, float* row) {
   const int64_t runs = (r.cells + RUN - 1) / RUN;
-  std::vector<float> memory(r.threads * r.dim);
-#pragma omp parallel num_threads((int)r.threads) if (r.groups * r.cells * r.children * r.dim > SHORT)
-  {
-    float* const row = memory.data() + thread() * r.dim;
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < r.groups * runs; task++) {
-      const Cell at(r, task / runs);
-      const int64_t first = task % runs * RUN;
-      for (int64_t cell = first; cell < std::min(first + RUN, r.cells); cell++) {
-        float* to = r.to + at.g * r.stride + cell * r.dim;
-        std::memset(to, 0, r.dim * 4);
-        for (int64_t i = 0; i < r.children; i++) {
-          const int64_t child = r.table[cell * r.children + i];
-          const float x = at.coefficient(cell, i);
-          if (child < 0 || x == 0.0f) continue;
-          const int64_t place = at.g * r.below_stride + child * r.dim;
-          const float* from = (const float*)r.from + place;
-          if (r.dtype != FLOAT) {
-            read(r.from, place, (int)r.dtype, r.dim, row);
-            from = row;
-          }
-          if (at.weight) {
-            const float* w = at.weight + i * r.dim;
-            for (int64_t d = 0; d < r.dim; d++) to[d] += x * w[d] * from[d];
-          } else {
-            const float share = x / r.children;
-            for (int64_t d = 0; d < r.dim; d++) to[d] += share * from[d];
-          }
+  for (int64_t task = 0; task < r.groups * runs; task++) {
+    const Cell at(r, task / runs);
+    const int64_t first = task % runs * RUN;
+    for (int64_t cell = first; cell < std::min(first + RUN, r.cells); cell++) {
+      float* to = r.to + at.g * r.stride + cell * r.dim;
+      std::memset(to, 0, r.dim * 4);
+      for (int64_t i = 0; i < r.children; i++) {
+        const int64_t child = r.table[cell * r.children + i];
+        const float x = at.coefficient(cell, i);
+        if (child < 0 || x == 0.0f) continue;
+        const int64_t place = at.g * r.below_stride + child * r.dim;
+        const float* from = (const float*)r.from + place;
+        if (r.dtype != FLOAT) {
+          read(r.from, place, (int)r.dtype, r.dim, row);
+          from = row;
+        }
+        if (at.weight) {
+          const float* w = at.weight + i * r.dim;
+          for (int64_t d = 0; d < r.dim; d++) to[d] += x * w[d] * from[d];
+        } else {
+          const float share = x / r.children;
+          for (int64_t d = 0; d < r.dim; d++) to[d] += share * from[d];
         }
       }
     }
   }
 }
 
-extern "C" int farfield_reduce(const Reduction* reduction) {
-  return guarded([=] { reduce(*reduction); });
+// One after another: each may read what those before it wrote.
+extern "C" int farfield_reduce(const Reduction* reductions, int64_t number) {
+  return guarded([=] {
+    const int64_t threads = reductions[0].threads, dim = reductions[0].dim;
+    std::vector<float> memory(threads * dim);
+    for (int64_t i = 0; i < number; i++) {
+#pragma omp parallel num_threads((int)threads) if (multiply_adds(reductions[i]) > SHORT)
+      reduce(reductions[i], memory.data() + thread() * dim);
+    }
+  });
 }
 
 static void reduce_down(const Reduction& r) {
   const int64_t runs = (r.cells + RUN - 1) / RUN, size = r.grad_weight ? r.children * r.dim : 0;
   std::vector<float> sums(r.groups * runs * size);
   std::vector<float> memory(r.threads * r.dim);
-#pragma omp parallel num_threads((int)r.threads) if (r.groups * r.cells * r.children * r.dim > SHORT)
+#pragma omp parallel num_threads((int)r.threads) if (multiply_adds(r) > SHORT)
   {
     float* const row = memory.data() + thread() * r.dim;
 #pragma omp for schedule(static)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farfield.geometry import Geometry
 from farfield.ops.compiled import tiles
-from farfield.ops.compiled.pyramid import children, reduce, reduce_down
+from farfield.ops.compiled.pyramid import children, reduce, reduce_down, reduction
 from farfield.ops.memory import empty
 from farfield.ops.multipole import torch as engine
 from farfield.ops.multipole.engines import Request
@@ -43,19 +43,21 @@ def _up(
         keys, values = engine.KERNELS.up(summary, key, value, valid, counts, layout, levels)
         return keys.float(), values.float()  # ready summaries may be wider
     heads, (groups, cells, dim) = key.shape[1], (key.shape[0] * key.shape[1], layout.cells_per_group, key.shape[3])
-    rows = sum(layout.group_total(level) for level in range(1, levels + 1))
-    out = []
-    for side, tokens in enumerate((key, value)):
-        joined = empty((groups, rows * cells, dim), torch.float32)
-        below, start = tokens.reshape(groups, -1, dim), 0
-        for level in range(1, levels + 1):
-            into = joined[:, start : start + layout.group_total(level) * cells]
-            reduce(
-                below, into, children(layout, level), heads, counts.by_group[level - 1], _weights(summary, level)[side]
-            )
-            below, start = into, start + into.shape[1]
-        out.append(joined.view(groups, rows, cells, dim))
-    return out[0], out[1]
+    sizes = [layout.group_total(level) * cells for level in range(1, levels + 1)]
+    below = [x.reshape(groups, -1, dim) for x in (key, value)]
+    joined = [empty((groups, sum(sizes), dim), torch.float32) for _ in below]
+    steps, kept, start = [], [], 0
+    for level, size in enumerate(sizes, start=1):
+        table, weights = children(layout, level), _weights(summary, level)
+        into = [x[:, start : start + size] for x in joined]
+        steps += [
+            reduction(x, y, table, heads, counts.by_group[level - 1], weight)
+            for x, y, weight in zip(below, into, weights, strict=True)
+        ]
+        kept.append((weights, below))
+        below, start = into, start + size
+    reduce(steps)
+    return joined[0].view(groups, -1, cells, dim), joined[1].view(groups, -1, cells, dim)
 
 
 def _down(
