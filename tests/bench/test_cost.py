@@ -56,9 +56,9 @@ def test_an_attention_that_gets_slow_leaves_and_the_other_goes_on() -> None:
 
 def test_nothing_is_begun_that_is_predicted_to_overrun_the_budget() -> None:
     layer = Sleeper(2e-3)
-    began = time.perf_counter()
     cost = measure({"a": lambda: layer}, dim=4, heads=1, first=8, budget=0.5, repeats=3)
-    assert time.perf_counter() - began < 1.0
+    # What it slept, not the clock: a busy machine takes longer, and then fewer lengths are predicted to fit.
+    assert 0.0 < 2e-3 * sum(layer.lengths) < 0.5
     assert "0.5 s" in cost.stopped["a"]
 
 

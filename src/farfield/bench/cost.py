@@ -127,7 +127,8 @@ def measure(
     """
     device = torch.device(device)
     cost = Cost(dim, heads)
-    torch.ones(1, requires_grad=True).sum().backward()  # the first one of a process loads code, no layer should pay
+    # The first steps of a process load code, for which no layer should pay.
+    _both(nn.Linear(dim, dim).to(device), *torch.ones(2, 1, first, dim, device=device), device)
     began = time.perf_counter()
     alive = [_Candidate(name, build().to(device)) for name, build in layers.items()]
     length = first
