@@ -128,7 +128,8 @@ def measure(
     device = torch.device(device)
     cost = Cost(dim, heads)
     # The first steps of a process load code, for which no layer should pay.
-    _both(nn.Linear(dim, dim).to(device), *torch.ones(2, 1, first, dim, device=device), device)
+    rows = torch.ones(1, first, dim, device=device)
+    _both(nn.Linear(dim, dim).to(device), rows, rows, device)
     began = time.perf_counter()
     alive = [_Candidate(name, build().to(device)) for name, build in layers.items()]
     length = first
