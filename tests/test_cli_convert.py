@@ -72,6 +72,8 @@ def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke
         assert row["converted"]["keys"] < 1.0
         assert row["converted"]["perplexity"] == pytest.approx(row["original"]["perplexity"], rel=0.5)
         assert row["converted"]["perplexity"] != row["original"]["perplexity"]
+        assert row["original"]["divergence"] is None
+        assert 0 < row["converted"]["divergence"] < 1.0
         assert 0 < row["converted"]["attention_seconds"] < row["converted"]["seconds"]
         assert row["original"]["state_bytes"] == 2 * 2 * 2 * row["length"] * 8 * 4
     assert found["texts"][1]["converted"]["keys"] == pytest.approx(report["keys"], abs=1e-5)

@@ -360,10 +360,31 @@ def test_perplexity_scores_all_tokens_but_the_first() -> None:
     expected = torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).item()
     model.set_attn_implementation("sdpa")
     assert loss(model, ids) == pytest.approx(expected, rel=1e-4)
-    result = measure(model, ids, measure(model, ids, Result()))
+    result = Result()
+    for _ in range(2):
+        measure(model, ids, result)
     assert result.windows == 2
     assert math.log(result.perplexity) == pytest.approx(expected, rel=1e-4)
     assert 0 < result.attention < result.seconds
+    assert result.divergence is None
+
+
+def test_divergence_is_that_of_the_next_tokens_from_the_original() -> None:
+    torch.manual_seed(1)
+    original, model, ids = make("Llama"), make("Llama"), tokens(700)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    theirs, ours = (answer(m, "eager", input_ids=ids[None])[0, :-1].log_softmax(-1) for m in (original, model))
+    expected = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    assert expected > 1e-3
+    result = Result()
+    for own in (model, original):
+        own.set_attn_implementation("sdpa")
+    for own in (model, original):
+        measure(own, ids, result, measure(original, ids, Result()))
+    assert result.divergences == [pytest.approx(expected, rel=1e-3), pytest.approx(0.0, abs=1e-6)]
+    assert result.divergence == pytest.approx(expected / 2, rel=1e-3)
 
 
 def test_the_menu_is_counted_and_offers_choices_of_ones_own() -> None:

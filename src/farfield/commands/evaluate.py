@@ -87,8 +87,9 @@ def eval_command(
                 errors.print(f"{path} has {len(spans)} of {number} windows of {length:,} tokens", soft_wrap=True)
             results = [Result() for _ in models]
             for ids in spans:
+                original = None
                 for pretrained, result in zip(models, results, strict=True):
-                    measure(pretrained.model, ids, result)
+                    original = measure(pretrained.model, ids, result, original)
             rows.append(_Row(path.name, length, results, [cost_of(p.model, length) for p in models]))
             if not as_json:
                 errors.print(_line(rows[-1]), soft_wrap=True)
@@ -135,6 +136,7 @@ def _report(
         return {
             "perplexity": result.perplexity,
             "losses": result.losses,
+            "divergence": result.divergence,
             "keys": None if cost is None else cost.keys,
             "state_bytes": None if cost is None else cost.state,
             "seconds": result.seconds,
@@ -173,11 +175,13 @@ def _print(console: Console, names: list[str], rows: list[_Row], keys: list[list
             table.add_column(f"{heading}\n{name}" if both else heading, justify="right")
         if both and heading == "perplexity":
             table.add_column("change", justify="right")
+            table.add_column("divergence,\nnats per token", justify="right")
     for row in rows:
         cells = [row.text, f"{row.length:,}", str(row.results[0].windows)]
         cells += [f"{r.perplexity:.3f}" for r in row.results]
         if both:
             cells.append(f"{row.results[1].perplexity / row.results[0].perplexity - 1:+.2%}")
+            cells.append(f"{row.results[1].divergence:.4f}")
         cells += ["–" if c is None else f"{c.keys:.1%}" for c in row.costs]
         cells += [f"{r.seconds:.2f}" for r in row.results] + [f"{r.attention:.2f}" for r in row.results]
         cells += ["–" if c is None else f"{c.state / 1e6:.1f} MB" for c in row.costs]

@@ -21,7 +21,7 @@ from farfield.interop.transformers.texts import first_token
 from farfield.recipes import Parts, Setting
 from farfield.recipes import get as recipe_of
 
-__all__ = ["Cost", "Passkey", "Result", "cost_of", "loss", "measure", "passkey", "passkey_prompt", "timed"]
+__all__ = ["Answers", "Cost", "Passkey", "Result", "cost_of", "loss", "measure", "passkey", "passkey_prompt", "timed"]
 
 _ROWS = 512
 """Tokens whose logits over the vocabulary are held at once."""
@@ -39,17 +39,42 @@ class Result:
         losses: mean nats per scored token, by window.
         seconds: of the whole model, in all.
         attention: of these, in attention (between the projections).
+        divergences: mean nats per scored token from another model's answers, KL(other || this), by window; empty where
+            there is no other.
     """
 
     windows: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     attention: float = 0.0
+    divergences: list[float] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float:
         """Over all windows, which score equally many tokens."""
         return math.exp(sum(self.losses) / len(self.losses))
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean over all windows, nats per token."""
+        return sum(self.divergences) / len(self.divergences) if self.divergences else None
+
+
+class Answers(NamedTuple):
+    """What a model says of every token of a window but the first.
+
+    Attributes:
+        rows: [N - 1, width] what the output embedding reads, or [N - 1, vocabulary] logits.
+        head: from rows to logits.
+    """
+
+    rows: Tensor
+    head: Callable[[Tensor], Tensor]
+
+    def logits(self) -> Iterator[tuple[int, Tensor]]:
+        """Pieces [n, vocabulary] in float32 that predict the tokens from ``start`` on, in order."""
+        for start in range(0, len(self.rows), _ROWS):
+            yield start + 1, self.head(self.rows[start : start + _ROWS]).float()
 
 
 class Cost(NamedTuple):
@@ -94,44 +119,60 @@ def _now(device: torch.device) -> float:
 @torch.no_grad()
 def loss(model: Any, ids: Tensor) -> float:
     """Mean nats per token of [N] ids, all but the first."""
-    return float(_token_losses(model, ids).mean())
+    return float(_token_losses(_answers(model, ids), ids).mean())
 
 
-def _token_losses(model: Any, ids: Tensor) -> Tensor:
+def _token_losses(answers: Answers, ids: Tensor) -> Tensor:
     """[N - 1] nats of every token after the first."""
     return torch.cat(
         [
             F.cross_entropy(logits, ids[start : start + len(logits)], reduction="none")
-            for start, logits in _logits(model, ids)
+            for start, logits in answers.logits()
         ]
     )
 
 
-def _logits(model: Any, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Pieces [n, vocabulary] of float32 logits that predict the tokens from ``start`` on, in order."""
+def _divergence(answers: Answers, original: Answers) -> float:
+    """Mean of KL(original || model) in nats per token."""
+    total = 0.0
+    for (_, ours), (_, theirs) in zip(answers.logits(), original.logits(), strict=True):
+        expected = theirs.to(ours.device).log_softmax(-1)
+        total += float(F.kl_div(ours.log_softmax(-1), expected, reduction="sum", log_target=True))
+    return total / len(answers.rows)
+
+
+def _answers(model: Any, ids: Tensor) -> Answers:
     head = model.get_output_embeddings()
     if head is None or any(getattr(model.config, name, None) is not None for name in _HEADED):
-        whole = model(ids[None], use_cache=False).logits[0, :-1].float()
-        yield from ((start + 1, part) for start, part in _pieces(whole))
-        return
-    hidden = model.base_model(ids[None], use_cache=False).last_hidden_state[0, :-1]
-    yield from ((start + 1, head(part).float()) for start, part in _pieces(hidden))
+        return Answers(model(ids[None], use_cache=False).logits[0, :-1], lambda rows: rows)
+    return Answers(model.base_model(ids[None], use_cache=False).last_hidden_state[0, :-1], head)
 
 
-def _pieces(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    yield from ((start, rows[start : start + _ROWS]) for start in range(0, len(rows), _ROWS))
+@torch.no_grad()
+def measure(model: Any, ids: Tensor, result: Result, original: Answers | None = None) -> Answers:
+    """Adds one window to a result.
 
+    Args:
+        model: a causal language model.
+        ids: [N] token ids.
+        result: of this model; changed.
+        original: another model's answers to these ids, to say how far the model's own are from them; not timed.
 
-def measure(model: Any, ids: Tensor, result: Result) -> Result:
-    """Adds one window to a result."""
+    Returns:
+        The answers.
+    """
     device = next(model.parameters()).device
+    ids = ids.to(device)
     with timed(model, device) as spent:
         start = _now(device)
-        result.losses.append(loss(model, ids.to(device)))
+        answers = _answers(model, ids)
+        result.losses.append(float(_token_losses(answers, ids).mean()))
         result.seconds += _now(device) - start
         result.attention += spent()
     result.windows += 1
-    return result
+    if original is not None:
+        result.divergences.append(_divergence(answers, original))
+    return answers
 
 
 def cost_of(model: Any, length: int) -> Cost | None:
@@ -207,7 +248,7 @@ def passkey(
         for trial in range(trials):
             ids, answer = passkey_prompt(tokenizer, filler, length, depth, f"{seed}/{depth}/{trial}")
             ids = ids.to(device)
-            guesses = torch.cat([logits.argmax(-1) for _, logits in _logits(model, ids)])
+            guesses = torch.cat([logits.argmax(-1) for _, logits in _answers(model, ids).logits()])
             right.append((guesses[-answer:] == ids[-answer:]).float().cpu())
         mean = sum(float(r.mean()) for r in right) / trials
         found.append(Passkey(length, depth, mean, sum(float(r.all()) for r in right) / trials))
