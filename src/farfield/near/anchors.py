@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farfield.ops.cache import Cache, attend_few, exactly, grown
+from farfield.ops.cache import Cache, attend_few, exactly, grown, room_for
 from farfield.ops.state import AttentionState, attend_dense
 from farfield.ops.tiles import compute_dtype
 from farfield.parts import Inputs, LayerSpec, NearPart, Part, by_segment
@@ -81,11 +81,11 @@ class _Anchors(StreamModule):
         return {"keys": spec.zeros(0), "values": spec.zeros(0)}
 
     def reserve(self, cache: Cache, length: int, rewind: int) -> None:
-        """Twice the room when it is used up."""
+        """A quarter more room when it is used up."""
         need, have = -(-length // self.every), cache["keys"].shape[2]
         if need > have:
             for name in cache:
-                cache[name] = grown(cache[name], max(need, 2 * have))
+                cache[name] = grown(cache[name], room_for(need, have))
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
         """See :class:`farfield.streaming.StreamModule`. O(T n / every)."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows, room_for
 from farfield.ops.state import AttentionState, attend_dense
 from farfield.ops.tiles import compute_dtype
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, repeat_heads
@@ -71,11 +71,11 @@ class _Dense(OutputModule, StreamModule):
         return {"keys": spec.zeros(0), "values": spec.zeros(0)}
 
     def reserve(self, cache: Cache, length: int, rewind: int) -> None:
-        """Twice the room when it is used up, so that copying costs O(1) per token."""
+        """A quarter more room when it is used up, so that copying costs O(1) per token."""
         have = cache["keys"].shape[2]
         if length > have:
             for name in cache:
-                cache[name] = grown(cache[name], max(length, 2 * have))
+                cache[name] = grown(cache[name], room_for(length, have))
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
         """See :class:`farfield.streaming.StreamModule`. O(T n)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farfield.geometry import EMPTY
 from farfield.ops.background import BackgroundStream
-from farfield.ops.cache import Cache, exactly, grown, join_rows, write_ring
+from farfield.ops.cache import Cache, exactly, grown, join_rows, room_for, write_ring
 from farfield.ops.compiled import choice as compiled
 from farfield.ops.compiled.heads import step_heads
 from farfield.ops.opened.choose import top
@@ -118,11 +118,11 @@ class HeadsStream:
         return cache
 
     def reserve(self, cache: Cache, length: int) -> None:
-        """Twice the room when it is used up, in whole blocks."""
+        """A quarter more room when it is used up, in whole blocks."""
         have = cache["keys"].shape[2]
         if length <= have:
             return
-        room = -(-max(length, 2 * have) // self.block) * self.block
+        room = -(-room_for(length, have) // self.block) * self.block
         for name in ("keys", "values"):
             cache[name] = grown(cache[name], room)
         for kind, size in self.banks:

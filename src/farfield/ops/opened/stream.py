@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import default_levels
-from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows, room_for
 from farfield.ops.multipole.summarise import summarise
 from farfield.ops.multipole.summary import Summary
 from farfield.ops.opened.api import attend_choice
@@ -80,11 +80,11 @@ class OpenedStream:
         return _tree(blocks, self.block, self.rank, self.levels, self.page, self.sinks, device)
 
     def reserve(self, cache: Cache, length: int) -> None:
-        """Twice the room when it is used up, in whole blocks."""
+        """A quarter more room when it is used up, in whole blocks."""
         have = cache["keys"].shape[2]
         if length < have:  # the tables of a complete block already count the next
             return
-        blocks = max(length, 2 * have) // self.block + 1
+        blocks = room_for(length, have) // self.block + 1
         for name in ("keys", "values"):
             cache[name] = grown(cache[name], blocks * self.block)
         shape = self._shape(blocks, cache["keys"].device)
