@@ -16,6 +16,8 @@ from types import TracebackType
 
 import torch
 
+from farfield.ops.memory import forget
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")
@@ -58,8 +60,9 @@ def _why_not_reset() -> str | None:
 
 
 def give_back() -> None:
-    """Collects garbage and returns freed heap pages to the system, so that a later peak does not hide in them."""
+    """Collects garbage, gives up kept buffers and returns freed heap pages to the system: no later peak hides there."""
     gc.collect()
+    forget()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if sys.platform.startswith("linux"):
