@@ -85,6 +85,18 @@ def test_pieces_are_the_whole_divergence(rows: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(3 * got, states), torch.autograd.grad(3 * expected, states))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sum_beyond_the_range_of_half_precision(dtype: torch.dtype) -> None:
+    states, targets = torch.zeros(2, 4001, 2, dtype=dtype)
+    states[:, 0], targets[:, 1] = 20.0, 20.0  # each is sure of another token: 20 nats per row
+    states.requires_grad_()
+    got = divergence(states, targets, torch.clone, torch.clone)
+    assert got.item() == pytest.approx(20 * 4001, rel=1e-5)
+    (grad,) = torch.autograd.grad(got, states)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad, torch.tensor([1.0, -1.0], dtype=dtype).expand(4001, 2))
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Gemma3Text"])
 def test_the_yardstick_measures_logits(kind: str) -> None:
     """Gemma's final soft-capping included; 0 for the original itself."""

@@ -74,7 +74,8 @@ class _Divergence(torch.autograd.Function):
                 grads += torch.autograd.grad(lost, piece)
             total += lost.detach()
         ctx.save_for_backward(*([torch.cat(grads)] if wanted else []))
-        return total.to(states.dtype)
+        # At least float32: a sum over a window is beyond what float16 holds, and bfloat16 knows three digits of it.
+        return total.to(torch.promote_types(states.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable

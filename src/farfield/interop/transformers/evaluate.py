@@ -16,15 +16,13 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from farfield.interop.transformers import cores, layers
+from farfield.interop.transformers.divergence import ROWS, Head, divergence
 from farfield.interop.transformers.keys import context, kept_vectors, keys_by_head
 from farfield.interop.transformers.texts import first_token
 from farfield.recipes import Parts, Setting
 from farfield.recipes import get as recipe_of
 
 __all__ = ["Answers", "Cost", "Passkey", "Result", "cost_of", "loss", "measure", "passkey", "passkey_prompt", "timed"]
-
-_ROWS = 512
-"""Tokens whose logits over the vocabulary are held at once."""
 
 _HEADED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Entries of a config that change logits after the output embedding."""
@@ -69,12 +67,12 @@ class Answers(NamedTuple):
     """
 
     rows: Tensor
-    head: Callable[[Tensor], Tensor]
+    head: Head
 
     def logits(self) -> Iterator[tuple[int, Tensor]]:
         """Pieces [n, vocabulary] in float32 that predict the tokens from ``start`` on, in order."""
-        for start in range(0, len(self.rows), _ROWS):
-            yield start + 1, self.head(self.rows[start : start + _ROWS]).float()
+        for start in range(0, len(self.rows), ROWS):
+            yield start + 1, self.head(self.rows[start : start + ROWS]).float()
 
 
 class Cost(NamedTuple):
@@ -132,15 +130,6 @@ def _token_losses(answers: Answers, ids: Tensor) -> Tensor:
     )
 
 
-def _divergence(answers: Answers, original: Answers) -> float:
-    """Mean of KL(original || model) in nats per token."""
-    total = 0.0
-    for (_, ours), (_, theirs) in zip(answers.logits(), original.logits(), strict=True):
-        expected = theirs.to(ours.device).log_softmax(-1)
-        total += float(F.kl_div(ours.log_softmax(-1), expected, reduction="sum", log_target=True))
-    return total / len(answers.rows)
-
-
 def _answers(model: Any, ids: Tensor) -> Answers:
     head = model.get_output_embeddings()
     if head is None or any(getattr(model.config, name, None) is not None for name in _HEADED):
@@ -171,7 +160,8 @@ def measure(model: Any, ids: Tensor, result: Result, original: Answers | None = 
         result.attention += spent()
     result.windows += 1
     if original is not None:
-        result.divergences.append(_divergence(answers, original))
+        apart = divergence(answers.rows, original.rows, answers.head, original.head)
+        result.divergences.append(float(apart) / len(answers.rows))
     return answers
 
 
