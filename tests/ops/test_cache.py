@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from farfield.ops.cache import attend_few, grown, join_rows, read_ring, write_ring
+from farfield.ops.cache import attend_few, grown, join_rows, read_ring, room_for, write_ring
 from farfield.ops.state import AttentionState, attend_dense
 
 
@@ -61,3 +61,8 @@ def test_rows_of_pieces_are_joined() -> None:
     assert join_rows([a]) is a
     outs = join_rows([a.out, b.out])
     assert isinstance(outs, torch.Tensor) and torch.equal(outs, joined.out)
+
+
+def test_room_is_what_is_needed_or_a_quarter_more_than_there_is() -> None:
+    assert [room_for(n, 0) for n in (1, 100)] == [1, 100]
+    assert [room_for(n, 100) for n in (101, 125, 126)] == [125, 125, 126]

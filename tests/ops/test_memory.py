@@ -7,6 +7,7 @@ import mmap
 import pytest
 import torch
 
+from farfield.bench.memory import give_back
 from farfield.ops import memory
 
 
@@ -63,3 +64,11 @@ def test_what_an_evaluation_leaves_serves_training() -> None:
     x = memory.empty((memory.LARGE,), torch.float32).fill_(1.0)
     assert not x.is_inference()
     (x * torch.ones((), requires_grad=True)).sum().backward()
+
+
+def test_measurements_begin_without_kept_buffers() -> None:
+    """Otherwise a peak would hide in what an earlier call left."""
+    memory.empty((memory.LARGE,), torch.uint8)  # gone at once, and kept
+    assert memory._kept
+    give_back()
+    assert not memory._kept
