@@ -106,7 +106,7 @@ def test_what_cannot_be_kept_is_an_error(given: dict[str, float], message: str) 
 # What is counted
 
 
-@pytest.mark.parametrize("pyramid", SMALL, ids=lambda p: f"{p.rank}-{p.share}-{p.page}")
+@pytest.mark.parametrize("pyramid", SMALL, ids=lambda p: f"{p.rank}-{p.share}-{p.beam_share}-{p.page}")
 @pytest.mark.parametrize("length", [5, 40, 101])
 def test_keys_are_those_that_the_operator_reads(pyramid: Pyramid, length: int) -> None:
     """Tokens by the masks, cells by the tables of the descent, choices once for every run of queries."""
@@ -123,10 +123,11 @@ def test_keys_are_those_that_the_operator_reads(pyramid: Pyramid, length: int) -
     if length > 16:
         tree = make_tree((length,), (8,), (pyramid.rank,), 1, (page,), True, torch.device("cpu"))
         assert tree is not None
-        for first in range(0, length, pyramid.share):
+        for first in range(length):
             cells = int(tree.top[first // 8].sum())
-            cells_read += cells
-            if page < cell:
+            if first % (pyramid.beam_share or pyramid.share if page < cell else pyramid.share) == 0:
+                cells_read += cells
+            if page < cell and first % pyramid.share == 0:
                 entered = min(pyramid.beam, cells - min(cells, 4 // cell))
                 cells_read += entered * cell // page
     for bounds in (1, 2):
@@ -163,7 +164,7 @@ def test_state_is_kept_where_cells_are_opened() -> None:
 # Errors
 
 
-@pytest.mark.parametrize("pyramid", [*SMALL, EXACT], ids=lambda p: f"{p.rank}-{p.share}-{p.page}")
+@pytest.mark.parametrize("pyramid", [*SMALL, EXACT], ids=lambda p: f"{p.rank}-{p.share}-{p.beam_share}-{p.page}")
 @pytest.mark.parametrize("length", [100, 117])
 def test_the_menu_sees_what_the_operator_opens(pyramid: Pyramid, length: int) -> None:
     """Scores and values under the mask give the operator's output and log-sum-exp at the sampled queries."""
@@ -172,8 +173,8 @@ def test_the_menu_sees_what_the_operator_opens(pyramid: Pyramid, length: int) ->
     mask = opened_tokens(q, k, pyramid, positions=positions, block=8, scale=0.7)
     out, lse = opened_attention(
         q[None], k[None], v[None], block=8, rank=pyramid.rank, levels=1, open=pyramid.open, beam=pyramid.beam,
-        page=pyramid.page, share=pyramid.share, rest="drop", choose="bounds", causal=True, scale=0.7, sinks=3,
-        return_lse=True, part="far",
+        page=pyramid.page, share=pyramid.share, beam_share=pyramid.beam_share, recent=pyramid.recent, rest="drop",
+        choose="bounds", causal=True, scale=0.7, sinks=3, return_lse=True, part="far",
     )  # fmt: skip
     scores = q[:, positions] * 0.7 @ k.repeat_interleave(2, 0).mT
     scores = scores.masked_fill(~mask, -torch.inf)
@@ -196,7 +197,8 @@ def test_errors_are_those_of_the_converted_output() -> None:
         q[None], k[None], v[None], is_causal=True, scale=0.7, enable_gqa=True
     )
     for row, p in zip(errors, menu, strict=True):
-        options = {} if p is None else {"rank": p.rank, "beam": p.beam, "page": p.page, "share": p.share}
+        names = ("rank", "beam", "page", "share", "beam_share", "recent")
+        options = {} if p is None else {name: getattr(p, name) for name in names}
         state = AttentionState(*opened_attention(
             q[None], k[None], v[None], block=8, levels=1, open=0 if p is None else p.open, rest="drop",
             choose="bounds", causal=True, scale=0.7, sinks=3, return_lse=True, **options,
@@ -389,7 +391,7 @@ def test_divergence_is_that_of_the_next_tokens_from_the_original() -> None:
 
 def test_the_menu_is_counted_and_offers_choices_of_ones_own() -> None:
     assert all(p is None or keys_of(p, 8192, 64) > 0 for p in MENU)
-    assert any(p is not None and p.share == 1 for p in MENU)
+    assert any(p is not None and not p.needs_queries for p in MENU)
     assert set(menu_for(8192)) <= set(MENU)
     short = menu_for(2048)
     assert set(SHORT) <= set(short)

@@ -79,7 +79,7 @@ def test_a_cache_gives_what_a_prefill_gives(entry: Any, background: Any) -> None
 def test_a_cached_step_cannot_repeat_a_shared_choice() -> None:
     model, ids = converted([{"heads": [1], **OPENED, "share": 4}]), tokens(1, 40)
     model(ids, use_cache=False)
-    with pytest.raises(ValueError, match=r"share=4 queries have in common.*StreamCache.*use_cache=False"):
+    with pytest.raises(ValueError, match=r"share=4, recent=0.*StreamCache.*use_cache=False"):
         model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None)
 
 

@@ -69,7 +69,7 @@ class Pyramid(FarPart):
             keeps the tokens.
         open_bias: where a learned bias per head of opened tokens starts; None: no bias. Far below 0 they start quiet,
             as summaries do, and can move as fast.
-        beam, page, share, rest, choose: how they are chosen, as there.
+        beam, page, share, beam_share, recent, rest, choose: how they are chosen, as there.
     """
 
     rank: int | tuple[int, ...] = 8
@@ -85,6 +85,8 @@ class Pyramid(FarPart):
     beam: int | None = None
     page: int | tuple[int, ...] | None = None
     share: int = 1
+    beam_share: int | None = None
+    recent: int = 0
     rest: str = "keep"
     choose: str = "mean"
     open_bias: float | None = None
@@ -134,6 +136,12 @@ class Pyramid(FarPart):
     why_not_causal = "query_rank pools queries, which mixes later tokens in"
 
     @property
+    def needs_queries(self) -> bool:
+        """Whether what a query opens hangs on queries before it."""
+        shared = max(self.share, self.beam_share or 1)
+        return bool(self.open) and (shared > 1 or self.recent > 0)
+
+    @property
     def cost(self) -> str:
         """Score computations for n tokens."""
         if self.open:
@@ -155,7 +163,15 @@ class Pyramid(FarPart):
         shape = geometry(block, block, per_axis(self.rank, spec.dims, "Pyramid.rank"))
         if self.query_rank is not None:
             geometry(block, block, per_axis(self.query_rank, spec.dims, "Pyramid.query_rank"))
-        check_options(shape.block, shape.rank, self.open, self.beam, self.page, self.share, self.rest, self.choose)
+        check_options(
+            shape.block, shape.rank, self.open, self.beam, self.page, self.share, self.rest, self.choose,
+            self.beam_share, self.recent,
+        )  # fmt: skip
+        if self.recent and not (spec.causal and spec.dims == 1):
+            raise ValueError(
+                f"Pyramid(recent={self.recent}) with causal={spec.causal}, dims={spec.dims}: queries have others before "
+                "them in causal sequences; recent=0 would be accepted here"
+            )
         if self.open and self.page is not None:
             per_axis(self.page, spec.dims, "Pyramid.page")
         if self.grid is not None:
@@ -339,6 +355,8 @@ class _Pyramid(StreamModule):
             beam=options.beam,
             page=options.page,
             share=options.share,
+            beam_share=options.beam_share,
+            recent=options.recent,
             rest=options.rest,
             choose=options.choose,
             causal=inputs.causal,
@@ -510,8 +528,8 @@ def _opening(o: Pyramid, shape: Geometry, part: str, rewind: int) -> OpenedStrea
     (page,) = per_axis(block // rank if o.page is None else o.page, 1, "Pyramid.page")
     return OpenedStream(
         block=block, rank=rank, levels=o.levels, open=o.open, beam=o.open if o.beam is None else o.beam, page=page,
-        share=o.share, keep=o.rest == "keep", choose=o.choose, count_bias=o.count_bias, sinks=o.sinks, part=part,
-        rewind=rewind,
+        share=o.share, beam_share=o.share if o.beam_share is None else o.beam_share, recent=o.recent,
+        keep=o.rest == "keep", choose=o.choose, count_bias=o.count_bias, sinks=o.sinks, part=part, rewind=rewind,
     )  # fmt: skip
 
 

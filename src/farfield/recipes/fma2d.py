@@ -23,6 +23,7 @@ def _parts(
     beam: int | None = Pyramid.beam,
     page: int | tuple[int, ...] | None = Pyramid.page,
     share: int = Pyramid.share,
+    beam_share: int | None = Pyramid.beam_share,
     rest: str = Pyramid.rest,
     choose: str = Pyramid.choose,
 ) -> Parts:
@@ -40,6 +41,7 @@ def _parts(
         beam=beam,
         page=page,
         share=share,
+        beam_share=beam_share,
         rest=rest,
         choose=choose,
     )

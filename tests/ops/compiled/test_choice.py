@@ -19,6 +19,9 @@ pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"no compile
     [
         ((301,), {"causal": True, "levels": 1, "page": 2, "share": 4, "sinks": 3}),
         ((301,), {"causal": True, "page": 1, "share": 2}),
+        ((301,), {"causal": True, "page": 1, "share": 2, "beam_share": 8, "beam": 3}),
+        ((301,), {"causal": True, "levels": 1, "page": 1, "beam_share": 4, "beam": 99, "recent": 16}),
+        ((301,), {"causal": True, "levels": 1, "beam_share": 4}),
         ((301,), {"causal": False, "share": 1}),
         ((301,), {"causal": True, "levels": 2, "beam": 1, "page": 2}),
         ((301,), {"causal": True, "beam": 99, "open": 99, "page": 4}),

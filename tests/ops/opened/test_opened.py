@@ -77,15 +77,15 @@ class Oracle:
         return (*(c // per for c in cell[1]), *(c % per for c in cell[1]))
 
     def row(
-        self, query: int, chooser: np.ndarray, k: np.ndarray, hidden: set[int], sinks: int, open: int, beam: int,
-        bounds: bool,
+        self, query: int, choosers: tuple[np.ndarray, np.ndarray], k: np.ndarray, hidden: set[int], sinks: int, open: int,
+        beam: int, bounds: bool,
     ) -> tuple[list[int], list[list[int]]]:  # fmt: skip
-        """Tokens seen exactly and the token sets of the closed cells."""
+        """Tokens seen exactly and the token sets of the closed cells; ``choosers`` on the way, and in the end."""
         leading = set(range(sinks))
         exact = (self.near(query) | {i for i in leading if not (self.causal and i > query)}) - hidden
         gone = hidden | leading
 
-        def mass(cell: Cell) -> float:
+        def mass(cell: Cell, chooser: np.ndarray) -> float:
             inside = self.tokens(cell, gone)
             if not inside:
                 return -math.inf
@@ -103,8 +103,8 @@ class Oracle:
             if level == 0 and one_page:
                 break
             candidates = ([] if level == 0 else self.far(query, level)) + [c for o in opened for c in self.children(o)]
-            masses = {c: mass(c) for c in candidates}
             last = level == (1 if one_page else 0)
+            masses = {c: mass(c, choosers[last]) for c in candidates}
             found = sorted((c for c in candidates if masses[c] > -math.inf), key=lambda c: (-masses[c], self.number(c)))
             opened = found[: open if last else beam]
             closed += [self.tokens(c, gone) for c in found[open if last else beam :]]
@@ -125,12 +125,18 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kw: Any) -> T
         keys, values = k[b, h // groups].numpy(), v[b, h // groups].numpy()
         scale = q.shape[3] ** -0.5
         assert len(grid) == 1 or share == 1
-        first = i // share * share
-        unit = q[b, h, first : first + share]
-        chooser = (unit[0] if kw.get("causal") else unit.mean(0)).numpy() * scale
         hidden = set() if mask is None else {j for j in range(n) if not mask[b, j]}
+        choosers = []
+        for run in (kw.get("beam_share") or share, share):
+            first = i // run * run
+            unit = q[b, h, first : first + run]
+            leader = unit[0] if kw.get("causal") else unit.mean(0)
+            before = [j for j in range(max(0, first - kw.get("recent", 0)), first) if j not in hidden]
+            if before:
+                leader = (leader + q[b, h, before].mean(0)) / 2
+            choosers.append(leader.numpy() * scale)
         exact, closed = tree.row(
-            i, chooser, keys, hidden, kw.get("sinks", 0), kw["open"], beam, kw.get("choose") == "bounds"
+            i, (choosers[0], choosers[1]), keys, hidden, kw.get("sinks", 0), kw["open"], beam, kw.get("choose") == "bounds"
         )
         query = q[b, h, i].numpy() * scale
         scores = [float(query @ keys[j]) for j in exact]
@@ -162,6 +168,16 @@ CASES: dict[str, dict[str, Any]] = {
         "grid": (61,), "block": 8, "rank": 2, "page": 1, "open": 4, "choose": "bounds", "rest": "drop", "levels": 1,
         "share": 4, "causal": True,
     },
+    "beam shared by more": {
+        "grid": (61,), "block": 8, "rank": 2, "page": 2, "open": 3, "beam": 2, "causal": True, "share": 2, "beam_share": 8,
+    },
+    "recent queries": {
+        "grid": (61,), "block": 8, "rank": 2, "page": 1, "open": 4, "beam": 2, "choose": "bounds", "rest": "drop",
+        "levels": 1, "causal": True, "share": 2, "beam_share": 4, "recent": 6, "sinks": 2,
+    },
+    "recent queries, odd": {"grid": (53,), "block": 4, "rank": 2, "open": 2, "causal": True, "share": 2, "recent": 5},
+    "one choice": {"grid": (45,), "block": 8, "rank": 4, "open": 3, "levels": 1, "causal": True, "beam_share": 8, "share": 2},
+    "beam shared by means": {"grid": (48,), "block": 4, "rank": 2, "page": 1, "open": 2, "share": 2, "beam_share": 4},
     "shared by means": {"grid": (48,), "block": 4, "rank": 2, "open": 2, "share": 2},
     "sinks": {"grid": (53,), "block": 4, "rank": 2, "open": 2, "sinks": 5, "rest": "drop", "causal": True},
     "image": {"grid": (7, 9), "block": 2, "rank": 1, "open": 3},
@@ -219,15 +235,15 @@ def test_every_token_once(levels: int | None, open: int) -> None:
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("share", [1, 4])
+@pytest.mark.parametrize("more", [{"share": 1}, {"share": 4}, {"share": 2, "beam_share": 8, "recent": 12}], ids=str)
 @pytest.mark.parametrize("choose", ["mean", "bounds"])
-def test_causal(share: int, choose: str) -> None:
-    n, options = 83, {"block": 8, "rank": 4, "open": 2, "page": 1, "causal": True}
+def test_causal(more: dict[str, int], choose: str) -> None:
+    n, options = 83, {"block": 8, "rank": 4, "open": 2, "page": 1, "causal": True, **more}
     q, k, v = tensors(n)
-    out = opened_attention(q, k, v, share=share, choose=choose, **options)
+    out = opened_attention(q, k, v, choose=choose, **options)
     for i in (0, 17, 41, 66):
         later = [torch.cat([x[:, :, : i + 1], torch.randn_like(x[:, :, i + 1 :]) * 9], 2) for x in (q, k, v)]
-        changed = opened_attention(*later, share=share, choose=choose, **options)
+        changed = opened_attention(*later, choose=choose, **options)
         assert torch.equal(changed[:, :, : i + 1], out[:, :, : i + 1])
 
 
@@ -344,6 +360,10 @@ def test_top_takes_the_first_of_equals() -> None:
         ({"open": -1}, "open=-1: an integer >= 0"),
         ({"page": 3}, r"one of \[1, 2, 4\] would be accepted"),
         ({"share": 3}, "share=3 does not divide the 8 tokens"),
+        ({"share": 2, "beam_share": 3}, r"beam_share=3: a multiple of share=2 .* one of \[2, 4, 8\]"),
+        ({"share": 4, "beam_share": 2}, r"one of \[4, 8\]"),
+        ({"recent": -1}, "recent=-1: an integer >= 0"),
+        ({"recent": 4}, "recent=4 with causal=False on 1 axes.*recent=0 would be accepted"),
         ({"rest": "blur"}, "'keep' .* or 'drop'"),
         ({"choose": "best"}, "'mean' or 'bounds'"),
         ({"impl": "cuda"}, "'compiled', 'torch', 'reference'"),

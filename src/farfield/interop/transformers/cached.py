@@ -67,12 +67,12 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
 def _check_choice(far: object) -> None:
     """Refuses cells opened by a choice that a later row cannot repeat."""
     pyramids = [pyramid for _, pyramid in far.groups] if isinstance(far, ByHead) else [far]
-    shared = {p.share for p in pyramids if isinstance(p, Pyramid) and p.open and p.share > 1}
-    if shared:
+    opened = [p for p in pyramids if isinstance(p, Pyramid) and p.needs_queries]
+    if opened:
         raise ValueError(
-            f"a step with a cache of keys, in a layer whose cells are opened by a choice that share={max(shared)} "
-            "queries have in common: the first of them makes it, and a cache of keys does not hold queries. Pass "
-            "past_key_values=StreamCache(model) or use_cache=False, or use share=1"
+            "a step with a cache of keys, in a layer whose cells are opened by a choice that hangs on earlier queries "
+            f"(share={max(p.share for p in opened)}, recent={max(p.recent for p in opened)}), and a cache of keys does "
+            "not hold queries. Pass past_key_values=StreamCache(model) or use_cache=False, or use share=1, recent=0"
         )
 
 

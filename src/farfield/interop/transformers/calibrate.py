@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from farfield.far import Pyramid
 from farfield.ops.opened.choose import Bank, descend, make_bank
+from farfield.ops.opened.leaders import leaders_at
 from farfield.ops.opened.tree import Tree, make_tree
 from farfield.parts import repeat_heads
 
@@ -275,10 +276,13 @@ def opened_tokens(
     if made is None:
         return torch.zeros(heads, len(positions), length, dtype=torch.bool, device=q.device)
     tree, bank = made
-    leaders = q[:, positions // setting.share * setting.share].float() * scale
+    ahead, own = (
+        leaders_at(q, positions, share, setting.recent) * scale
+        for share in (setting.beam_share or setting.share, setting.share)
+    )
     beam = setting.open if setting.beam is None else setting.beam
     with torch.no_grad():
-        pages = descend(tree, bank, leaders, positions // block, setting.open, beam, False).pages
+        pages = descend(tree, bank, ahead, positions // block, setting.open, beam, False, own).pages
     opened = torch.zeros(heads, len(positions), tree.pages + 1, dtype=torch.bool, device=q.device)
     opened.scatter_(-1, torch.where(pages < 0, tree.pages, pages), True)
     tokens = opened[..., :-1].repeat_interleave(tree.page_tokens, -1)[..., :length]

@@ -71,7 +71,8 @@ def convert(
         keys: keys read per query, as a share of the mean causal context, over all layers and heads.
         error: instead of ``keys``, the highest estimated divergence from the original, in nats per token.
         dense_layers: layers that stay exact; they count as a whole context each.
-        max_share: leave out settings whose choice more queries share; with 1 the model can be decoded with a cache.
+        max_share: leave out settings whose choice more queries share; with 1 those that hang on earlier queries at all,
+            so that the model can be decoded with a cache.
         background: give every head for which the estimate falls a background cell (:class:`farfield.far.ByHead`).
 
     Returns:
@@ -89,7 +90,7 @@ def convert(
     if calibration is None:
         chosen = menu_for(max(map(len, windows), default=0)) if menu is None else menu
         with_sinks = [p if p is None else replace(p, sinks=sinks) for p in chosen]
-        offered = [p for p in with_sinks if p is None or p.share <= (max_share or p.share)]
+        offered = [p for p in with_sinks if _allowed(p, max_share)]
         calibration = calibrate(
             model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks,
             queries=queries, pieces=pieces, seed=seed, progress=progress,
@@ -100,7 +101,7 @@ def convert(
         )
     made = calibration
     length, block, sinks = made.length, made.block, made.sinks
-    few = [i for i, p in enumerate(made.menu) if p is None or p.share <= (max_share or p.share)]
+    few = [i for i, p in enumerate(made.menu) if _allowed(p, max_share)]
     some = [i for i, bias in enumerate(made.biases) if background or bias is None]
     kept, biases = [made.menu[i] for i in few], [made.biases[i] for i in some]
     errors, best = made.errors[few][:, some].min(1)
@@ -170,6 +171,15 @@ def _check_target(keys: float | None, error: float | None) -> None:
         raise ValueError(f"keys={keys}: a share of the context in (0, 1], such as 0.12, would be accepted")
     if error is not None and not error > 0:
         raise ValueError(f"error={error}: a divergence > 0 in nats per token, such as 0.02, would be accepted")
+
+
+def _allowed(pyramid: Pyramid | None, max_share: int | None) -> bool:
+    """Whether no more queries than that share its choice; with 1, whether it needs no queries but its own."""
+    if pyramid is None or max_share is None:
+        return True
+    if max_share == 1:
+        return not pyramid.needs_queries
+    return max(pyramid.share, pyramid.beam_share or 1) <= max_share
 
 
 def _left(keys: float, whole: float, layers: int, dense: int, least: float) -> float:

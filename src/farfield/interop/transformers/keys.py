@@ -78,13 +78,12 @@ def keys_of(pyramid: Pyramid, length: int, block: int, bounds: int = 1) -> float
     used = cells - np.minimum(cells, pyramid.sinks // cell)  # cells that hold more than sinks
     beam = pyramid.open if pyramid.beam is None or per_cell == 1 else pyramid.beam
     entered = np.minimum(used, beam)
-    chosen = each * cells
-    if per_cell > 1:
-        chosen = chosen + each * entered * per_cell
     opened = np.minimum(np.minimum(pyramid.open * page, entered * cell), readable)
     # Choices are made once for a run of queries, and the last run may be short.
-    first = index % pyramid.share == 0
-    total = chosen[first].sum() + opened.sum()
+    share, beam_share = pyramid.share, pyramid.share if pyramid.beam_share is None else pyramid.beam_share
+    total = opened.sum() + each * cells[index % (share if per_cell == 1 else beam_share) == 0].sum()
+    if per_cell > 1:
+        total = total + each * (entered * per_cell)[index % share == 0].sum()
     if pyramid.rest == "keep":
         closed = used - entered
         if per_cell > 1:

@@ -22,7 +22,8 @@ CONVERTED = "converted"
 """The name that stands where a recipe's does."""
 
 _OPTIONS = ("block", "sinks", "layers", "background")
-_SETTINGS = ("rank", "levels", "count_bias", "open", "beam", "page", "share", "rest", "choose")
+_SETTINGS = ("rank", "levels", "count_bias", "open", "beam", "page", "share", "beam_share",
+             "recent", "rest", "choose")  # fmt: skip
 _DEFAULTS = {f.name: f.default for f in fields(Pyramid) if f.name in _SETTINGS}
 
 

@@ -55,9 +55,9 @@ def step_heads(
         queries: [B, Hq, S, D], that of position i at place i % S.
         keys, values: [B, Hkv, room, D].
         banks: [B, n, room, D or 2 D] each, what choices score.
-        table: [Hq, 12] int64, for every head: its key head; bank of its cells (-1: the keys) and which of the bank's
-            heads; the same of its pages; tokens of a cell and of a page; beam, open, share; whether it chooses by
-            bounds; whether log(count) is added. ``open`` 0: nothing is opened.
+        table: [Hq, 14] int64, for every head: its key head; bank of its cells (-1: the keys) and which of the bank's
+            heads; the same of its pages; tokens of a cell and of a page; beam, open, share, beam_share, recent; whether
+            it chooses by bounds; whether log(count) is added. ``open`` 0: nothing is opened.
         sums: [B, Hkv, R, 2 D] of :class:`farfield.ops.background.BackgroundStream`, and
         biases: [Hq] of the background cells, -inf for none; or both None.
         at, block, sinks, scale: of the step.

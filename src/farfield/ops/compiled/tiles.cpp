@@ -1334,12 +1334,12 @@ struct Rung {                           // a level of a descent
 };
 
 struct Descent {
-  int64_t groups, shared, units, dim, rungs, widest, width, threads;  // widest: cells that a unit can see on a level
+  int64_t groups, shared, units, each, dim, rungs, widest, width, threads;  // widest: cells that a unit can see on a level
   const Rung* rung;
-  const float* query;                   // [G, U, D]
+  const float *query, *finer;           // [G, U, D]; [G, U each, D], who makes the last choice
   const uint8_t* seen;                  // [blocks, cells of the first rung]
   const int64_t* block;                 // [U]
-  int64_t* opened;                      // [G, U, width], -1: none
+  int64_t* opened;                      // [G, U each, width], -1: none
 };
 
 }  // extern "C"
@@ -1383,30 +1383,41 @@ struct Climber {
     }
   }
 
+  void score(int64_t g, int64_t r, const float* query, int64_t n, float* at) {
+    const Rung& rung = d.rung[r];
+    const int64_t of_keys = g / (d.groups / d.shared);
+    score_cells(query, rung.keys + of_keys * rung.cells * d.dim, rung.bias + (rung.biases == 1 ? 0 : of_keys * rung.cells),
+                number.data(), n, d.dim, at);
+  }
+
   // The rungs below the first for one unit, whose scores on the first stand in ``at``.
   void descend(int64_t g, int64_t u, float* at) {
-    const int64_t of_keys = g / (d.groups / d.shared);
-    int64_t *const to = d.opened + (g * d.units + u) * d.width, n = d.rung[0].cells;
-    for (int64_t r = 0; r < d.rungs; r++) {
-      const Rung& rung = d.rung[r];
-      if (r)
-        score_cells(d.query + (g * d.units + u) * d.dim, rung.keys + of_keys * rung.cells * d.dim,
-                    rung.bias + (rung.biases == 1 ? 0 : of_keys * rung.cells), number.data(), n, d.dim, at);
+    int64_t n = d.rung[0].cells;
+    for (int64_t r = 0; r + 1 < d.rungs; r++) {
+      const Rung &rung = d.rung[r], &next = d.rung[r + 1];
+      if (r) score(g, r, d.query + (g * d.units + u) * d.dim, n, at);
       const int64_t found = largest(at, n, rung.take, order.data(), chosen.data());
       for (int64_t i = 0; r && i < found; i++) chosen[i] = number[chosen[i]];
-      if (!rung.children) {
-        std::copy_n(chosen.data(), n = found, number.data());
-        break;
-      }
       n = 0;
-      if (r + 1 < d.rungs && d.rung[r + 1].own) {
-        const Rung& next = d.rung[r + 1];
-        std::copy_n(next.own + d.block[u] * next.places, n = next.places, number.data());
-      }
+      if (next.own) std::copy_n(next.own + d.block[u] * next.places, n = next.places, number.data());
       for (int64_t i = 0; i < found; i++, n += rung.below)
         std::copy_n(rung.children + chosen[i] * rung.below, rung.below, number.data() + n);
     }
-    for (int64_t i = 0; i < d.width; i++) to[i] = i < n ? number[i] : -1;
+    for (int64_t j = 0; j < d.each; j++) finish(g, u * d.each + j, n, at);
+  }
+
+  // The last rung, for one of those who choose there among the first n of ``number``.
+  void finish(int64_t g, int64_t u, int64_t n, float* at) {
+    const Rung& rung = d.rung[d.rungs - 1];
+    if (d.rungs > 1) score(g, d.rungs - 1, d.finer + (g * d.units * d.each + u) * d.dim, n, at);
+    const int64_t found = largest(at, n, rung.take, order.data(), chosen.data()), below = rung.children ? rung.below : 1;
+    int64_t* const to = d.opened + (g * d.units * d.each + u) * d.width;
+    for (int64_t i = 0; i < found; i++) {
+      const int64_t cell = d.rungs > 1 ? number[chosen[i]] : chosen[i];
+      if (rung.children) std::copy_n(rung.children + cell * below, below, to + i * below);
+      else to[i] = cell;
+    }
+    for (int64_t i = found * below; i < d.width; i++) to[i] = -1;
   }
 };
 
@@ -1418,7 +1429,7 @@ extern "C" int farfield_descend(const Descent* descent) {
     const int64_t runs = (d.units + RUN_UNITS - 1) / RUN_UNITS;
     std::vector<Climber> climbers;
     for (int64_t i = 0; i < d.threads; i++) climbers.emplace_back(d);
-#pragma omp parallel for schedule(static) num_threads((int)d.threads) if (d.groups * d.units * d.widest * d.dim > SHORT)
+#pragma omp parallel for schedule(static) num_threads((int)d.threads) if (d.groups * d.units * d.each * d.widest * d.dim > SHORT)
     for (int64_t task = 0; task < d.groups * runs; task++) {
       Climber& climber = climbers[thread()];
       const int64_t g = task / runs, end = std::min((task % runs + 1) * RUN_UNITS, d.units);
@@ -1450,11 +1461,12 @@ struct Step {
 };
 
 // What a row of the table says. A bank of -1: the keys themselves.
-enum { KEY_HEAD, CELL_BANK, CELL_ROW, PAGE_BANK, PAGE_ROW, CELL, PAGE, BEAM, OPEN, SHARE, BOUNDS, COUNT, HEAD };
+enum { KEY_HEAD, CELL_BANK, CELL_ROW, PAGE_BANK, PAGE_ROW, CELL, PAGE, BEAM, OPEN, SHARE, BEAM_SHARE, RECENT, BOUNDS, COUNT,
+       HEAD };
 
 struct StepMemory {
   std::vector<const float*> row, value;
-  std::vector<float> leader, score, weight;
+  std::vector<float> asked, leader, score, weight;
   std::vector<int64_t> number, chosen;
   std::vector<int32_t> order;
 };
@@ -1470,13 +1482,13 @@ static void products(const float* x, std::vector<const float*>& row, int64_t dim
 
 // Leaves the ``count`` largest of the cells m.number of a bank in m.chosen, by the scores that a prefill gives them.
 static void choose_cells(const Step& c, int64_t b, const int64_t* t, int64_t bank, int64_t of, int64_t tokens,
-                         int64_t count, const float* asked, StepMemory& m) {
+                         int64_t count, StepMemory& m) {
   const int64_t n = m.number.size(), wide = t[BOUNDS] && bank >= 0 ? 2 * c.dim : c.dim;
   const float* const from = bank < 0 ? c.keys + (b * c.shared + t[KEY_HEAD]) * c.room * c.dim
                                      : c.banks[bank] + (b * c.bank_of[bank] + of) * c.bank_room[bank] * wide;
   m.leader.resize(wide);
   for (int64_t d = 0; d < c.dim; d++) {
-    const float x = asked[d] * c.scale;
+    const float x = m.asked[d] * c.scale;
     m.leader[d] = wide > c.dim && x < 0.0f ? 0.0f : x;
     if (wide > c.dim) m.leader[c.dim + d] = x > 0.0f ? 0.0f : x;
   }
@@ -1493,18 +1505,32 @@ static void choose_cells(const Step& c, int64_t b, const int64_t* t, int64_t ban
   for (int64_t& i : m.chosen) i = m.number[i];
 }
 
+// Who chooses for the present run of ``share`` queries: its first one, averaged with those before it.
+static void lead(const Step& c, int64_t b, int64_t h, int64_t share, StepMemory& m) {
+  const float* const ring = c.queries + (b * c.heads + h) * c.ring * c.dim;
+  const int64_t first = c.at / share * share, before = std::min(c.table[h * HEAD + RECENT], first);
+  m.asked.assign(c.dim, 0.0f);
+  for (int64_t i = first - before; i < first; i++)
+    for (int64_t d = 0; d < c.dim; d++) m.asked[d] += ring[i % c.ring * c.dim + d];
+  for (int64_t d = 0; d < c.dim; d++) {
+    const float own = ring[first % c.ring * c.dim + d];
+    m.asked[d] = before ? own + (m.asked[d] / (float)before - own) * 0.5f : own;
+  }
+}
+
 static void choose_pages(const Step& c, int64_t b, int64_t h, StepMemory& m) {
   const int64_t* const t = c.table + h * HEAD;
-  const int64_t visible = std::max<int64_t>(0, c.at / c.block - 1) * c.block, share = t[SHARE], per = t[CELL] / t[PAGE];
-  const float* const asked = c.queries + ((b * c.heads + h) * c.ring + c.at / share * share % c.ring) * c.dim;
+  const int64_t visible = std::max<int64_t>(0, c.at / c.block - 1) * c.block, per = t[CELL] / t[PAGE];
+  lead(c, b, h, per > 1 ? t[BEAM_SHARE] : t[SHARE], m);
   m.number.clear();
   for (int64_t i = 0; i < visible / t[CELL]; i++) m.number.push_back(i);
-  choose_cells(c, b, t, t[CELL_BANK], t[CELL_ROW], t[CELL], per > 1 ? t[BEAM] : t[OPEN], asked, m);
+  choose_cells(c, b, t, t[CELL_BANK], t[CELL_ROW], t[CELL], per > 1 ? t[BEAM] : t[OPEN], m);
   if (per == 1) return;
   m.number.clear();
   for (const int64_t cell : m.chosen)
     for (int64_t i = 0; i < per; i++) m.number.push_back(cell * per + i);
-  choose_cells(c, b, t, t[PAGE_BANK], t[PAGE_ROW], t[PAGE], t[OPEN], asked, m);
+  if (t[BEAM_SHARE] != t[SHARE]) lead(c, b, h, t[SHARE], m);
+  choose_cells(c, b, t, t[PAGE_BANK], t[PAGE_ROW], t[PAGE], t[OPEN], m);
 }
 
 static void step_row(const Step& c, int64_t b, int64_t h, StepMemory& m) {

@@ -18,6 +18,7 @@ from farfield.ops.multipole.plan import make_plan
 from farfield.ops.multipole.summarise import summarise
 from farfield.ops.multipole.summary import Summary
 from farfield.ops.opened.choose import Bank, Choice, descend, make_bank
+from farfield.ops.opened.leaders import leaders, means
 from farfield.ops.opened.tree import Tree, make_tree
 from farfield.ops.state import AttentionState, merge_states
 from farfield.ops.tiles import Store, compute_dtype
@@ -37,13 +38,15 @@ def check_options(
     share: int,
     rest: str,
     choose: str,
+    beam_share: int | None = None,
+    recent: int = 0,
 ) -> tuple[int, ...]:
     """Checks the options of a choice; the page per axis.
 
     Raises:
         ValueError: with what was given and what would be accepted.
     """
-    given = (("open", open, 0), ("beam", open if beam is None else beam, 0), ("share", share, 1))
+    given = (("open", open, 0), ("beam", open if beam is None else beam, 0), ("share", share, 1), ("recent", recent, 0))
     for name, value, least in given:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: an integer >= {least} would be accepted")
@@ -61,6 +64,18 @@ def check_options(
             )
     if prod(block) % share:
         raise ValueError(f"share={share} does not divide the {prod(block)} tokens of a leaf block")
+    if beam_share is not None and (
+        isinstance(beam_share, bool)
+        or not isinstance(beam_share, int)
+        or beam_share < share
+        or beam_share % share
+        or prod(block) % beam_share
+    ):
+        fits = [n for n in range(share, prod(block) + 1, share) if prod(block) % n == 0]
+        raise ValueError(
+            f"beam_share={beam_share!r}: a multiple of share={share} that divides the {prod(block)} tokens of a leaf "
+            f"block would be accepted, one of {fits}"
+        )
     return pages
 
 
@@ -77,6 +92,8 @@ def opened_attention(
     beam: int | None = None,
     page: int | Sequence[int] | None = None,
     share: int = 1,
+    beam_share: int | None = None,
+    recent: int = 0,
     rest: str = "keep",
     choose: str = "mean",
     causal: bool = False,
@@ -107,6 +124,10 @@ def opened_attention(
             are chosen by their means (or bounds) under the opened cells.
         share: queries that share a choice: runs of so many in a leaf block. Causal, the first of them chooses (a mean
             would let a query depend on later ones); otherwise their mean does.
+        beam_share: queries that share the cells opened on the way to the pages, a multiple of ``share``; None for
+            ``share``. A generous beam hardly loses by it, and the cells cost that much less.
+        recent: causal sequences alone: who chooses is averaged with the mean of this many queries before it, which
+            foretells what the others of its run look for. 0: it chooses alone.
         rest: "keep" the cells that stay closed, as summaries, or "drop" them: then only tokens are seen.
         page_bias: [Hq], added to the scores of opened tokens, and to nothing that the choice sees. None: opened tokens
             weigh what they weigh in exact attention.
@@ -132,7 +153,12 @@ def opened_attention(
         query, key, value, grid, block, rank, levels, causal, key_mask, None, scale, None, sinks, 0.0, summary,
         level_bias, part,
     )  # fmt: skip
-    pages = check_options(call["block"], call["rank"], open, beam, page, share, rest, choose)
+    pages = check_options(call["block"], call["rank"], open, beam, page, share, rest, choose, beam_share, recent)
+    if recent and not (causal and len(call["block"]) == 1):
+        raise ValueError(
+            f"recent={recent} with causal={causal} on {len(call['block'])} axes: queries have others before them in "
+            "causal sequences; recent=0 would be accepted here"
+        )
     if impl not in (None, "compiled", "torch", "reference"):
         raise ValueError(f"impl={impl!r}: 'compiled', 'torch', 'reference' or None would be accepted")
     shared: dict[str, Any] = {
@@ -158,7 +184,10 @@ def opened_attention(
     if part != "far":
         states.append(AttentionState(*multipole_attention(q, k, v, **shared, return_lse=True, part="near")))
     if part != "near" and open:
-        opened: dict[str, Any] = {"open": open, "beam": open if beam is None else beam, "page": pages, "share": share}
+        opened: dict[str, Any] = {
+            "open": open, "beam": open if beam is None else beam, "page": pages, "share": share,
+            "beam_share": share if beam_share is None else beam_share, "recent": recent,
+        }  # fmt: skip
         with exactly(q.device):
             state = opened_far(q, k, v, **far, **opened, page_bias=page_bias, rest=rest, choose=choose)
         states += [] if state is None else [state]
@@ -183,6 +212,8 @@ def opened_far(
     beam: int,
     page: tuple[int, ...],
     share: int,
+    beam_share: int,
+    recent: int,
     rest: str,
     choose: str,
     causal: bool,
@@ -236,18 +267,29 @@ def opened_far(
     laid = torch.nn.functional.pad(laid, (0, 0, 0, spare)) if spare else laid  # a pad of nothing would copy
     units = laid.unflatten(1, (-1, share))  # [G, U, M, D]
     with torch.no_grad():
-        chooser = units.detach()[:, :, 0] if causal else _mean(units.detach(), plan.filled, share)
-        chooser = chooser.float() * scale
-    blocks = torch.arange(units.shape[1], device=query.device) // (tree.shape.block_tokens // share)
+        known: Tensor | None = None
+        if recent and key_mask is not None:  # padding says nothing
+            known = torch.nn.functional.pad(key_mask, (0, laid.shape[1] - key_mask.shape[1])).repeat_interleave(heads, 0)
+
+        def choosers(run: int) -> Tensor:
+            plain = laid.detach()
+            if causal:
+                return leaders(plain, run, recent, known) * scale
+            return means(plain.unflatten(1, (-1, run)), plan.filled) * scale
+
+        chooser = choosers(share)
+        ahead = chooser if beam_share == share else choosers(beam_share)
+    together = beam_share // share
+    blocks = torch.arange(ahead.shape[1], device=query.device) // (tree.shape.block_tokens // beam_share)
     width = min(open, tree.pages) * tree.page_tokens + (
         sum(t.shape[1] for t in tree.lists) + tree.top.shape[1] if keep else 0
     )
-    step = max(1, CHUNK // max(1, len(units) * width))
+    step = max(1, CHUNK // max(1, len(units) * width * together))
     parts = []
-    for start in range(0, units.shape[1], step):
-        span = slice(start, start + step)
+    for start in range(0, ahead.shape[1], step):
+        run, span = slice(start, start + step), slice(start * together, (start + step) * together)
         with torch.no_grad():
-            choice = descend(tree, bank, chooser[:, span], blocks[span], open, beam, keep)
+            choice = descend(tree, bank, ahead[:, run], blocks[run], open, beam, keep, chooser[:, span])
         parts.append(
             attend_choice(
                 tree,
@@ -269,13 +311,6 @@ def opened_far(
     split = (batch, heads)
     flat = out.flatten(1, 2).unflatten(0, split), lse.flatten(1, 2).unflatten(0, split)
     return AttentionState(*(plan.to_tokens(x).contiguous() for x in flat))
-
-
-def _mean(units: Tensor, filled: Tensor, share: int) -> Tensor:
-    """[G, U, D] means over the queries of a unit, those at places that hold a token."""
-    slots = torch.nn.functional.pad(filled, (0, units.shape[1] * share - len(filled)))
-    weight = slots.view(1, -1, share, 1).to(units.dtype)
-    return (units * weight).sum(2) / weight.sum(2).clamp(min=1.0)
 
 
 def attend_choice(

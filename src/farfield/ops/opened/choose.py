@@ -162,7 +162,9 @@ def _levels(tree: Tree, bank: Bank, open: int, beam: int) -> list[compiled.Level
     ]
 
 
-def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, beam: int, keep: bool) -> Choice:
+def descend(
+    tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, beam: int, keep: bool, finer: Tensor | None = None
+) -> Choice:
     """Opens up to ``beam`` cells of every level, from the top down, and in the end ``open`` pages of tokens.
 
     Args:
@@ -172,14 +174,21 @@ def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, bea
         open: pages opened.
         beam: cells opened at every level; on level 1, where its cells are the pages, it is ``open``.
         keep: list the closed cells.
+        finer: [G, U n, D], who makes the last choice, n in turn for every unit; None for ``query``.
 
     Returns:
-        The choice. Every token in a cell is seen once: in an opened page or in one closed cell.
+        The choice, for as many units as make the last one. Every token in a cell is seen once: in an opened page or in
+        one closed cell.
     """
     query = bank.queries(query)
-    level = len(tree.children)
+    finer = query if finer is None else bank.queries(finer)
+    level, bottom = len(tree.children), 1 if tree.pages_per_cell == 1 else 0
+    if level == bottom:  # one choice, the last
+        block = block.repeat_interleave(finer.shape[1] // query.shape[1])
+        query = finer
     if not keep and _compiled(query):
-        return Choice(compiled.descend(query, _levels(tree, bank, open, beam), tree.top, block), ())
+        return Choice(compiled.descend(query, finer, _levels(tree, bank, open, beam), tree.top, block), ())
+    each = finer.shape[1] // query.shape[1]
     seen = tree.top[block]  # [U, cells]
     by_key = query.reshape(len(bank.keys[level]), -1, query.shape[-1])
     scores = by_key @ bank.keys[level].mT
@@ -188,7 +197,7 @@ def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, bea
     number = torch.arange(scores.shape[-1], device=query.device)[None, None].expand(1, len(block), -1)
     rest = []
     while True:
-        last = level == (1 if tree.pages_per_cell == 1 else 0)
+        last = level == bottom
         chosen = top(scores, min(open if last else beam, scores.shape[-1]))
         if keep:
             closed = scores != -torch.inf  # one that is not a number is not lost
@@ -206,5 +215,8 @@ def descend(tree: Tree, bank: Bank, query: Tensor, block: Tensor, open: int, bea
         if level:
             own = tree.lists[level - 1][block][None].expand(len(query), -1, -1)
             number = torch.cat([own, number], -1)
+        if level == bottom and finer is not query:
+            number, query = number.repeat_interleave(each, 1), finer
+            rest = [Cells(c.level, *(x.repeat_interleave(each, 1) for x in (c.number, c.seen))) for c in rest]
         scores = _score(query, bank, level, number)
     return Choice(opened, tuple(rest))

@@ -19,6 +19,7 @@ from farfield.ops.cache import Cache, exactly, grown, join_rows, room_for, write
 from farfield.ops.compiled import choice as compiled
 from farfield.ops.compiled.heads import step_heads
 from farfield.ops.opened.choose import top
+from farfield.ops.opened.leaders import leader_of
 from farfield.ops.state import AttentionState, merge_states, state_from_scores
 from farfield.ops.tiles import compute_dtype
 
@@ -31,7 +32,7 @@ class Opens:
 
     Attributes:
         cell, page: tokens of a cell (block / rank) and of a page.
-        beam, open, share, choose, count_bias: as there.
+        beam, open, share, beam_share, recent, choose, count_bias: as there.
     """
 
     cell: int
@@ -39,6 +40,8 @@ class Opens:
     beam: int
     open: int
     share: int
+    beam_share: int
+    recent: int
     choose: str
     count_bias: bool
 
@@ -96,8 +99,8 @@ class HeadsStream:
 
     @property
     def ring(self) -> int:
-        """Queries kept, so that every leader is there after tokens were taken back."""
-        return max((opens.share for opens in self.groups), default=1) + self.rewind
+        """Queries kept, so that every leader can be made after tokens were taken back."""
+        return max((opens.beam_share + opens.recent for opens in self.groups), default=1) + self.rewind
 
     @property
     def sums(self) -> BackgroundStream | None:
@@ -192,13 +195,13 @@ class HeadsStream:
 
     @cached_property
     def _table(self) -> Tensor:
-        """[Hq, 12] what the compiled step knows of every head; see farfield.ops.compiled.heads."""
+        """[Hq, 14] what the compiled step knows of every head; see farfield.ops.compiled.heads."""
         names = list(self.banks)
         rows = []
         for head, opens in enumerate(self.heads):
             of = self.key_head(head)
             if opens is None:
-                rows.append([of, -1, 0, -1, 0, 1, 1, 0, 0, 1, 0, 0])
+                rows.append([of, -1, 0, -1, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0])
                 continue
             places = []
             for size in (opens.cell, opens.page):
@@ -206,8 +209,9 @@ class HeadsStream:
                 places += [names.index(name), self.banks[name].index(of)] if name in self.banks else [-1, 0]
             bounds = opens.choose == "bounds"
             rows.append(
-                [of, *places, opens.cell, opens.page, opens.beam, opens.open, opens.share, bounds, opens.count_bias]
-            )
+                [of, *places, opens.cell, opens.page, opens.beam, opens.open, opens.share, opens.beam_share,
+                 opens.recent, bounds, opens.count_bias]
+            )  # fmt: skip
         return torch.tensor(rows, dtype=torch.int64)
 
     def _compiled(self, cache: Cache, query: Tensor, at: int, scale: float) -> AttentionState:
@@ -254,12 +258,12 @@ class HeadsStream:
     def _tokens(self, cache: Cache, opens: Opens, heads: list[int], at: int, scale: float) -> Tensor:
         """[B, heads, open page] tokens that heads open, ``EMPTY`` where there are fewer."""
         batch, device = cache["keys"].shape[0], cache["keys"].device
-        leader = cache["queries"][:, heads, at // opens.share * opens.share % self.ring].float() * scale
         own = [self.key_head(head) for head in heads]
         visible = max(0, (at // self.block - 1) * self.block)
 
-        def chosen(size: int, number: Tensor, count: int) -> Tensor:
+        def chosen(size: int, number: Tensor, count: int, share: int) -> Tensor:
             """[B, heads, count] of cells ``number`` [B or 1, heads or 1, n], rising."""
+            leader = leader_of(cache["queries"][:, heads], at, share, opens.recent) * scale
             number = number.expand(batch, len(heads), -1)
             if (opens.choose, size) in self.banks:
                 bank, of = cache[f"{opens.choose} {size}"], self.banks[opens.choose, size]
@@ -281,12 +285,12 @@ class HeadsStream:
 
         per = opens.cell // opens.page
         every = torch.arange(visible // opens.cell, device=device)[None, None]
-        cells = chosen(opens.cell, every, opens.beam if per > 1 else opens.open)
+        cells = chosen(opens.cell, every, *((opens.beam, opens.beam_share) if per > 1 else (opens.open, opens.share)))
         pages = cells
         if per > 1:
             under = cells[..., None] * per + torch.arange(per, device=device)
             under = torch.where(cells[..., None] == EMPTY, EMPTY, under).flatten(2)
-            pages = chosen(opens.page, under, opens.open)
+            pages = chosen(opens.page, under, opens.open, opens.share)
         tokens = pages[..., None] * opens.page + torch.arange(opens.page, device=device)
         hidden = (pages[..., None] == EMPTY) | (tokens < self.sinks)
         return torch.where(hidden, EMPTY, tokens).flatten(2)

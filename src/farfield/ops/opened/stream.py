@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import default_levels
-from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows, room_for
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows, room_for, write_ring
 from farfield.ops.multipole.summarise import summarise
 from farfield.ops.multipole.summary import Summary
 from farfield.ops.opened.api import attend_choice
 from farfield.ops.opened.choose import Bank, descend, make_bank
+from farfield.ops.opened.leaders import leader_of
 from farfield.ops.opened.tree import Tree, make_tree
 from farfield.ops.state import AttentionState, merge_states
 from farfield.ops.tiles import compute_dtype
@@ -44,7 +45,7 @@ def _tree(
 class OpenedStream:
     """The stream of a pyramid with opened cells; causal, 1-D. The arguments are those of ``opened_attention``.
 
-    A cache holds all keys and values, the queries that chose last, and for every level what the choice scores and
+    A cache holds all keys and values, the last queries, and for every level what the choice scores and
     (where closed cells are seen) their summaries. A step costs the choice, O(beam log n) cells (with ``levels=1`` all
     of level 1), and the opened tokens; when a block is complete, O(n) once (O(block) where bounds choose on one level
     and the rest is dropped).
@@ -57,6 +58,8 @@ class OpenedStream:
     beam: int
     page: int
     share: int
+    beam_share: int
+    recent: int
     keep: bool
     choose: str
     count_bias: bool
@@ -65,16 +68,16 @@ class OpenedStream:
     rewind: int
 
     @property
-    def leaders(self) -> int:
-        """Choosing queries kept, so that the present one is there after tokens were taken back."""
-        return self.rewind // self.share + 2
+    def ring(self) -> int:
+        """Queries kept, so that every leader can be made after tokens were taken back."""
+        return self.beam_share + self.recent + self.rewind
 
     def empty(self, batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Cache:
         """The cache of rows without tokens."""
         with torch.inference_mode(False):
             none = torch.zeros(batch, kv_heads, 0, dim, dtype=dtype, device=device)
-            leaders = torch.zeros(batch, heads, self.leaders, dim, dtype=dtype, device=device)
-            return {"keys": none, "values": none.clone(), "leaders": leaders}
+            queries = torch.zeros(batch, heads, self.ring, dim, dtype=dtype, device=device)
+            return {"keys": none, "values": none.clone(), "queries": queries}
 
     def _shape(self, blocks: int, device: torch.device) -> tuple[Tree, Tensor] | None:
         return _tree(blocks, self.block, self.rank, self.levels, self.page, self.sinks, device)
@@ -172,9 +175,7 @@ class OpenedStream:
         """A whole prefix into an empty cache."""
         length = key.shape[2]
         cache["keys"][:, :, :length], cache["values"][:, :, :length] = key, value
-        last = (length - 1) // self.share
-        for unit in range(max(0, last + 1 - self.leaders), last + 1):
-            cache["leaders"][:, :, unit % self.leaders] = query[:, :, unit * self.share]
+        write_ring(cache["queries"], query, 0)
         self.refresh(cache, length, summary)
 
     def step(
@@ -195,8 +196,7 @@ class OpenedStream:
         for t in range(query.shape[2]):
             at = length + t
             cache["keys"][:, :, at], cache["values"][:, :, at] = key[:, :, t], value[:, :, t]
-            if at % self.share == 0:
-                cache["leaders"][:, :, at // self.share % self.leaders] = query[:, :, t]
+            cache["queries"][:, :, at % self.ring] = query[:, :, t]
             if at % self.block == 0:
                 self._advance(cache, at, summary)
             states.append(self._one(cache, query[:, :, t : t + 1], at, scale, (level_bias, page_bias)))
@@ -241,9 +241,12 @@ class OpenedStream:
         keys = [cache[f"score {i}"].flatten(0, 1) for i in range(len(sizes))]
         keys[-1] = keys[-1][:, : sizes[-1]]
         bank = Bank(tuple(keys), _counts(tree, valid, self.count_bias, wide), self.choose == "bounds")
-        leader = cache["leaders"][:, :, at // self.share % self.leaders].flatten(0, 1)[:, None].float() * scale
+        ahead, own = (
+            leader_of(cache["queries"], at, share, self.recent).flatten(0, 1)[:, None] * scale
+            for share in (self.beam_share, self.share)
+        )
         block = torch.tensor([at // self.block], device=query.device)
-        choice = descend(tree, bank, leader, block, self.open, self.beam, self.keep)
+        choice = descend(tree, bank, ahead, block, self.open, self.beam, self.keep, own)
         paged = [cache[name].unflatten(2, (-1, tree.page_tokens)) for name in ("keys", "values")]
         first = 0 if tree.pages_per_cell > 1 else 1
         cells = tuple(
