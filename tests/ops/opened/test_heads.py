@@ -76,8 +76,8 @@ def test_tokens_are_kept_once() -> None:
     state = layer.stream(rewind=0)
     layer.step(torch.randn(1, 80, 36), state)
     tokens, cells = 2 * 2 * 80, (2 * 80 // 2 + 2 * 80 // 4) * 2
-    queries = 6
-    assert state.nbytes == 4 * 6 * (tokens + cells + queries)
+    queries, chosen = 6, 6 * (1 + 9)
+    assert state.nbytes == 4 * 6 * (tokens + cells + queries) + 8 * chosen
 
 
 def test_what_is_no_number_stays_where_it_is_seen() -> None:

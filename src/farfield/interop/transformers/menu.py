@@ -9,50 +9,65 @@ from farfield.interop.transformers.keys import context, keys_of, near_keys
 
 __all__ = ["BLOCK", "MENU", "SHORT", "SINKS", "menu_for", "setting"]
 
-BLOCK, SINKS = 64, 16
+BLOCK, SINKS, RECENT = 64, 4, 32
 
 
-def setting(rank: int, share: int, open: int, *, beam: int | None = None, page: int | None = None) -> Pyramid:
+def setting(
+    rank: int, share: int, open: int, *, beam: int | None = None, page: int | None = None, beam_share: int | None = None,
+    recent: int = 0,
+) -> Pyramid:  # fmt: skip
     """One entry: cells of one level chosen by their bounds, everything that stays closed dropped."""
     return Pyramid(
         rank, summary="mean", bias=None, sinks=SINKS, levels=1, open=open, beam=beam, page=page, share=share,
-        rest="drop", choose="bounds",
+        beam_share=beam_share, recent=recent, rest="drop", choose="bounds",
     )  # fmt: skip
 
 
-def _pages(cell: int, page: int, share: int, opens: Mapping[int, Sequence[int]]) -> list[Pyramid]:
+def _pages(
+    cell: int, page: int, share: int, opens: Mapping[int, Sequence[int]], beam_share: int = 16, recent: int = RECENT
+) -> list[Pyramid]:
     """Cells first, as many as a key of ``opens`` says, then pages under the best of them."""
     return [
-        setting(BLOCK // cell, share, open, beam=beam, page=page) for beam, numbers in opens.items() for open in numbers
-    ]
-
-
-def _cells(cell: int, share: int, opens: Sequence[int]) -> list[Pyramid]:
-    """Whole cells."""
-    return [setting(BLOCK // cell, share, open) for open in opens]
+        setting(
+            BLOCK // cell, share, open, beam=beam, page=page, beam_share=max(share, beam_share),
+            recent=recent if share > 1 else 0,
+        )
+        for beam, numbers in opens.items() for open in numbers
+    ]  # fmt: skip
 
 
 MENU: tuple[Pyramid | None, ...] = (
     None,
-    *_pages(64, 4, 4, {4: (8, 16), 8: (16, 32), 16: (32, 64)}),
-    *_pages(32, 4, 4, {8: (16,), 16: (32, 64), 32: (32, 64, 96), 64: (64, 128, 192)}),
-    *_pages(32, 8, 4, {16: (16,), 32: (32, 64), 64: (64, 128)}),
-    *_pages(32, 2, 4, {16: (32,), 32: (64, 128)}),
-    *_pages(16, 4, 4, {64: (64, 128)}),
-    *_pages(64, 4, 2, {4: (8,), 8: (16, 32), 16: (64,)}),
-    *_pages(32, 4, 2, {16: (32,), 32: (64, 96), 64: (128,)}),
-    *_pages(32, 8, 2, {32: (32, 64), 64: (128,)}),
-    *_pages(16, 4, 2, {64: (64, 128)}),
-    *_pages(32, 4, 1, {32: (64,), 64: (128,)}),
-    *_pages(32, 8, 1, {32: (64,)}),
-    *_cells(32, 4, (16, 32)),
-    *_cells(16, 4, (64, 128)),
-    *_cells(8, 4, (64, 256)),
-    *_cells(32, 2, (8, 16)),
-    *_cells(16, 2, (16, 32)),
-    *_cells(8, 2, (32,)),
-    *_cells(16, 1, (16,)),
-    *_cells(8, 1, (256,)),
+    *_pages(64, 1, 64, {4: (16,)}),
+    *_pages(32, 1, 64, {16: (64,), 64: (640,)}),
+    *_pages(8, 1, 64, {32: (128,), 128: (384, 512)}),
+    *_pages(64, 1, 32, {4: (16,), 8: (64,)}),
+    *_pages(32, 1, 32, {16: (64,), 32: (256,), 64: (256, 384, 640)}),
+    *_pages(16, 1, 32, {64: (128, 256), 128: (384, 640)}),
+    *_pages(8, 1, 32, {64: (256,), 128: (384, 512)}),
+    *_pages(4, 1, 32, {256: (512,)}),
+    *_pages(64, 1, 16, {16: (128,)}, 32),
+    *_pages(32, 1, 16, {16: (64,), 32: (128, 256), 64: (384, 512, 640)}, 32),
+    *_pages(16, 1, 16, {32: (64,), 64: (128, 256), 128: (384, 640)}, 32),
+    *_pages(8, 1, 16, {128: (256, 384)}, 32),
+    *_pages(32, 1, 8, {64: (512,)}),
+    *_pages(32, 2, 16, {64: (256,)}),
+    *_pages(8, 2, 16, {64: (64, 128)}, 32),
+    *_pages(64, 2, 8, {4: (16,), 8: (64,)}),
+    *_pages(32, 2, 8, {16: (32,), 64: (192,)}),
+    *_pages(16, 2, 8, {64: (64, 128)}),
+    *_pages(32, 4, 8, {96: (256,)}),
+    *_pages(64, 4, 4, {4: (8,), 16: (64,)}),
+    *_pages(32, 4, 4, {32: (64,), 64: (128, 192), 96: (256,)}),
+    *_pages(64, 4, 2, {4: (16,)}),
+    *_pages(32, 4, 2, {32: (32, 64), 64: (128,), 96: (256,)}),
+    *_pages(16, 4, 2, {32: (32,), 64: (96,), 128: (192,)}),
+    *_pages(64, 8, 2, {8: (16,), 32: (64,)}),
+    *_pages(32, 8, 2, {32: (48,), 64: (96, 128)}),
+    *_pages(32, 4, 1, {96: (256,)}),
+    *_pages(32, 8, 1, {64: (96,)}),
+    *_pages(64, 4, 1, {8: (16,)}, 1),
+    *_pages(32, 4, 1, {16: (32,), 32: (64,), 64: (128,)}, 1),
 )
 """For blocks of 64 and contexts of thousands of tokens. None: near field and sinks alone."""
 

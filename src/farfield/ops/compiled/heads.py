@@ -18,7 +18,7 @@ class Step(ctypes.Structure):
     """``struct Step`` of the library."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "queries", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("query", "queries", "keys", "values", "chosen")),
         ("banks", ctypes.POINTER(ctypes.c_void_p)),
         ("bank_of", ctypes.POINTER(ctypes.c_int64)),
         ("bank_room", ctypes.POINTER(ctypes.c_int64)),
@@ -26,7 +26,7 @@ class Step(ctypes.Structure):
         *(
             (name, ctypes.c_int64)
             for name in (
-                "batch", "heads", "shared", "dim", "ring", "room", "places", "at", "block", "sinks", "threads",
+                "batch", "heads", "shared", "dim", "ring", "room", "width", "places", "at", "block", "sinks", "threads",
             )
         ),
         ("scale", ctypes.c_float),
@@ -38,6 +38,7 @@ def step_heads(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
+    chosen: Tensor,
     banks: Sequence[Tensor],
     table: Tensor,
     sums: Tensor | None,
@@ -54,6 +55,8 @@ def step_heads(
         query: [B, Hq, D].
         queries: [B, Hq, S, D], that of position i at place i % S.
         keys, values: [B, Hkv, room, D].
+        chosen: [B, Hq, 1 + pages] int64, read where the choice of this run of queries is there, otherwise written: one more
+            than the number of the run, and the pages, negative where there are fewer.
         banks: [B, n, room, D or 2 D] each, what choices score.
         table: [Hq, 14] int64, for every head: its key head; bank of its cells (-1: the keys) and which of the bank's
             heads; the same of its pages; tokens of a cell and of a page; beam, open, share, beam_share, recent; whether
@@ -70,6 +73,7 @@ def step_heads(
     number = len(banks)
     step = Step(
         query=pointer(query), queries=pointer(queries), keys=pointer(keys), values=pointer(values),
+        chosen=pointer(chosen), width=chosen.shape[2],
         banks=(ctypes.c_void_p * number)(*(pointer(x) for x in banks)),
         bank_of=(ctypes.c_int64 * number)(*(x.shape[1] for x in banks)),
         bank_room=(ctypes.c_int64 * number)(*(x.shape[2] for x in banks)), table=pointer(table), sums=pointer(sums),

@@ -1451,12 +1451,13 @@ extern "C" int farfield_descend(const Descent* descent) {
 struct Step {
   const float *query, *queries;                         // [batch, heads, D]; [batch, heads, ring, D], the last ones
   const float *keys, *values;                           // [batch, shared, room, D]
+  int64_t* chosen;                                      // [batch, heads, width]: run + 1 of the last choice, its pages, -1
   const float* const* banks;                            // [batch, of, bank_room, D or 2 D] what is scored
   const int64_t *bank_of, *bank_room;
   const int64_t* table;                                 // [heads, HEAD]
   const float *sums, *biases;                           // [batch, shared, places, 2 D] and [heads], or null
   float *out, *lse;                                     // [batch, heads, D], [batch, heads]
-  int64_t batch, heads, shared, dim, ring, room, places, at, block, sinks, threads;
+  int64_t batch, heads, shared, dim, ring, room, width, places, at, block, sinks, threads;
   float scale;
 };
 
@@ -1521,16 +1522,24 @@ static void lead(const Step& c, int64_t b, int64_t h, int64_t share, StepMemory&
 static void choose_pages(const Step& c, int64_t b, int64_t h, StepMemory& m) {
   const int64_t* const t = c.table + h * HEAD;
   const int64_t visible = std::max<int64_t>(0, c.at / c.block - 1) * c.block, per = t[CELL] / t[PAGE];
+  int64_t *const kept = c.chosen + (b * c.heads + h) * c.width, run = c.at / t[SHARE];
+  if (c.at % t[SHARE] && kept[0] == run + 1) {  // the first of a run always chooses: it may have been taken back
+    m.chosen.assign(kept + 1, std::find_if(kept + 1, kept + 1 + t[OPEN], [](int64_t i) { return i < 0; }));
+    return;
+  }
   lead(c, b, h, per > 1 ? t[BEAM_SHARE] : t[SHARE], m);
   m.number.clear();
   for (int64_t i = 0; i < visible / t[CELL]; i++) m.number.push_back(i);
   choose_cells(c, b, t, t[CELL_BANK], t[CELL_ROW], t[CELL], per > 1 ? t[BEAM] : t[OPEN], m);
-  if (per == 1) return;
-  m.number.clear();
-  for (const int64_t cell : m.chosen)
-    for (int64_t i = 0; i < per; i++) m.number.push_back(cell * per + i);
-  if (t[BEAM_SHARE] != t[SHARE]) lead(c, b, h, t[SHARE], m);
-  choose_cells(c, b, t, t[PAGE_BANK], t[PAGE_ROW], t[PAGE], t[OPEN], m);
+  if (per > 1) {
+    m.number.clear();
+    for (const int64_t cell : m.chosen)
+      for (int64_t i = 0; i < per; i++) m.number.push_back(cell * per + i);
+    if (t[BEAM_SHARE] != t[SHARE]) lead(c, b, h, t[SHARE], m);
+    choose_cells(c, b, t, t[PAGE_BANK], t[PAGE_ROW], t[PAGE], t[OPEN], m);
+  }
+  kept[0] = run + 1;
+  std::fill(std::copy(m.chosen.begin(), m.chosen.end(), kept + 1), kept + 1 + t[OPEN], -1);
 }
 
 static void step_row(const Step& c, int64_t b, int64_t h, StepMemory& m) {

@@ -56,9 +56,10 @@ class HeadsStream:
     """The stream of a layer whose heads open cells; causal, 1-D.
 
     A cache holds all ``keys`` and ``values``, the last ``queries``, for every size and kind of cell that is scored its
-    bounds or means (``bounds 4``, ``mean 32``) for the key heads that need them, and the ``sums`` of a background.
-    A step costs the choice (all cells, then the pages under the best), near field and opened tokens; when a block is
-    complete, O(block).
+    bounds or means (``bounds 4``, ``mean 32``) for the key heads that need them, and the ``sums`` of a background; in
+    ``chosen``, per head, one more than the number of the run of queries that the last choice is for (0: none), and its
+    pages, ``EMPTY`` where there are fewer. A step costs the choice (all cells, then the pages under the best; compiled,
+    once for a run), near field and opened tokens; when a block is complete, O(block).
 
     Attributes:
         block, sinks: of the near field.
@@ -112,7 +113,9 @@ class HeadsStream:
         with torch.inference_mode(False):
             none = torch.zeros(batch, self.kv_heads, 0, dim, dtype=dtype, device=device)
             queries = torch.zeros(batch, len(self.heads), self.ring, dim, dtype=dtype, device=device)
-            cache = {"keys": none, "values": none.clone(), "queries": queries}
+            most = max((opens.open for opens in self.groups), default=0)
+            chosen = torch.zeros(batch, len(self.heads), 1 + most, dtype=torch.int64, device=device)
+            cache = {"keys": none, "values": none.clone(), "queries": queries, "chosen": chosen}
             for (kind, size), of in self.banks.items():
                 width = 2 * dim if kind == "bounds" else dim
                 cache[f"{kind} {size}"] = torch.zeros(batch, len(of), 0, width, dtype=torch.float32, device=device)
@@ -219,7 +222,7 @@ class HeadsStream:
         if self.sums is not None:
             biases, sums = self._biases, cache["sums"]
         out, lse = step_heads(
-            query[:, :, 0], cache["queries"], cache["keys"], cache["values"],
+            query[:, :, 0], cache["queries"], cache["keys"], cache["values"], cache["chosen"],
             [cache[f"{kind} {size}"] for kind, size in self.banks], self._table, sums, biases, at=at,
             block=self.block, sinks=self.sinks, scale=scale,
         )  # fmt: skip
@@ -230,7 +233,8 @@ class HeadsStream:
         return torch.tensor([-torch.inf if bias is None else bias for bias in self.background or ()])
 
     def _torch(self, cache: Cache, query: Tensor, at: int, scale: float) -> AttentionState:
-        """The same in torch: the tokens that each head sees, gathered."""
+        """The same in torch: the tokens that each head sees, gathered; every step chooses anew."""
+        cache["chosen"][:, :, 0] = 0
         wide = compute_dtype(query.dtype)
         number = at // self.block
         first = max(0, number - 1) * self.block
