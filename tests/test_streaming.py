@@ -44,7 +44,8 @@ LAYERS: dict[str, dict[str, Any]] = {
         "far": far.Pyramid(2, levels=1, open=3, beam=2, page=2, share=4, rest="drop", choose="bounds", bias=None),
     },
     "fma opened, led by earlier queries": {
-        "near": near.Blocks(8), "far": far.Pyramid(2, open=3, beam=2, page=2, share=2, beam_share=8, recent=11, bias=-1.0)
+        "near": near.Blocks(8),
+        "far": far.Pyramid(2, open=3, beam=2, page=2, share=2, beam_share=8, recent=11, bias=-1.0),
     },
     "fma opened, gate": {
         "near": near.Blocks(4), "far": far.Pyramid(2, summary="pooled", open=2, page=1), "merge": Gate(per="head")

@@ -38,7 +38,8 @@ from farfield.interop.transformers.keys import (  # noqa: E402
     keys_of,
     near_keys,
 )
-from farfield.interop.transformers.menu import MENU, SHORT, menu_for, setting  # noqa: E402
+from farfield.interop.transformers.menu import BLOCK, MENU, SINKS, menu_for, setting  # noqa: E402
+from farfield.interop.transformers.texts import repeating  # noqa: E402
 from farfield.near import Blocks, Dense  # noqa: E402
 from farfield.ops.background import background_state  # noqa: E402
 from farfield.ops.opened import opened_attention  # noqa: E402
@@ -56,6 +57,7 @@ SMALL = tuple(
         setting(2, 4, 3, beam=4, page=1),
         setting(4, 2, 5),
         setting(2, 2, 7, beam=2, page=2),
+        setting(2, 2, 5, beam=3, page=1, beam_share=8, recent=12),
     )
 )
 EXACT = replace(setting(4, 1, 500), sinks=3)
@@ -264,7 +266,7 @@ def test_a_converted_model_keeps_its_budget_and_loads_plainly(tmp_path: Path) ->
     steps = []
     model, made = small(keys=0.5, progress=lambda *step: steps.append(step))
     assert steps[0] == ("gradients", 1, 2)
-    assert steps[-1] == ("settings", 4, 4)
+    assert steps[-1] == ("settings", 8, 8)
     assert made.report["keys"] <= 0.5
     assert made.report["estimated_divergence"] == pytest.approx(sum(x["error"] for x in made.report["layers"]))
     cost = cost_of(model, 160)
@@ -279,6 +281,26 @@ def test_a_converted_model_keeps_its_budget_and_loads_plainly(tmp_path: Path) ->
     got = answer(again, "farfield", input_ids=ids, use_cache=False)
     assert torch.equal(got, answer(model, "farfield", input_ids=ids, use_cache=False))
     assert not torch.allclose(got, answer(make("Llama"), "eager", input_ids=ids), atol=1e-3)
+
+
+def test_the_end_of_a_window_repeats_what_stood_before() -> None:
+    ids = torch.arange(1000)
+    again, start = repeating(ids, torch.Generator().manual_seed(0), tail=0.3, span=32)
+    assert start == 700 and len(again) == 1000
+    assert torch.equal(again[:700], ids[:700])
+    spans = again[700:].split(32)
+    assert all(torch.equal(s, s[0] + torch.arange(len(s))) and int(s[-1]) < 700 for s in spans)
+    assert len({int(s[0]) for s in spans}) > 5
+    short, begin = repeating(ids[:40], torch.Generator().manual_seed(0))
+    assert len(short) == 40 and begin == 30
+
+
+def test_recall_is_counted_among_the_windows() -> None:
+    """The estimate with it is a mean over more windows, and more than all windows are not taken again."""
+    (_, none), (_, one), (_, all_) = (small(keys=0.5, recall=recall) for recall in (0, 1, 99))
+    assert none.report["calibration"]["recall"] == 0 and one.report["calibration"]["recall"] == 1
+    assert all_.report["calibration"]["recall"] == all_.report["calibration"]["windows"]
+    assert not torch.equal(none.calibration.errors, one.calibration.errors)
 
 
 def test_equal_seeds_choose_alike_and_more_keys_lose_less() -> None:
@@ -394,5 +416,5 @@ def test_the_menu_is_counted_and_offers_choices_of_ones_own() -> None:
     assert any(p is not None and not p.needs_queries for p in MENU)
     assert set(menu_for(8192)) <= set(MENU)
     short = menu_for(2048)
-    assert set(SHORT) <= set(short)
-    assert all(p is None or near_keys(2048, 64, 16) + keys_of(p, 2048, 64) < context(2048) for p in short)
+    assert len(short) < len(MENU)
+    assert all(p is None or near_keys(2048, BLOCK, SINKS) + keys_of(p, 2048, BLOCK) < context(2048) for p in short)

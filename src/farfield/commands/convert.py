@@ -42,6 +42,9 @@ def convert_command(
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of context to calibrate and count at.")] = 8192,
     windows: Annotated[int, typer.Option(min=1, help="Windows of --length tokens from every text.")] = 1,
+    recall: Annotated[
+        int, typer.Option(min=0, help="Windows taken once more, with an end that repeats what stood far before.")
+    ] = 2,
     queries: Annotated[int, typer.Option(min=1, help="Queries sampled in each window.")] = 64,
     dense_layers: Annotated[str, typer.Option(metavar="N,N", help="Layers that stay exact.")] = "",
     share: Annotated[
@@ -86,7 +89,7 @@ def convert_command(
     with Stages(console) as told:
         conversion = convert(
             pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact, max_share=share,
-            background=background, queries=queries, seed=seed,
+            background=background, recall=recall, queries=queries, seed=seed,
             progress=lambda stage, done, total: told(stage, done / total, f"{done} of {total}"),
         )  # fmt: skip
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])

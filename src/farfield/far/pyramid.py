@@ -169,8 +169,8 @@ class Pyramid(FarPart):
         )  # fmt: skip
         if self.recent and not (spec.causal and spec.dims == 1):
             raise ValueError(
-                f"Pyramid(recent={self.recent}) with causal={spec.causal}, dims={spec.dims}: queries have others before "
-                "them in causal sequences; recent=0 would be accepted here"
+                f"Pyramid(recent={self.recent}) with causal={spec.causal}, dims={spec.dims}: queries have others "
+                "before them in causal sequences; recent=0 would be accepted here"
             )
         if self.open and self.page is not None:
             per_axis(self.page, spec.dims, "Pyramid.page")

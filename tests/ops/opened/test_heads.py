@@ -26,11 +26,13 @@ LAYERS: dict[str, ByHead] = {
     "cells and single tokens": ByHead(
         (((5, 0), opens(4, 2)), ((3,), opens(2, 4, beam=2, page=1)), ((1,), opens(8, 6)))
     ),
-    "queries before, beams shared": ByHead((
-        ((0, 1, 4), opens(2, 3, beam=2, page=2, share=2, beam_share=8, recent=12)),
-        ((2,), opens(2, 5, page=2, share=4, recent=3)),
-        ((3,), opens(1, 3, beam=2, page=4, share=8, recent=32)),
-    )),
+    "queries before, beams shared": ByHead(
+        (
+            ((0, 1, 4), opens(2, 3, beam=2, page=2, share=2, beam_share=8, recent=12)),
+            ((2,), opens(2, 5, page=2, share=4, recent=3)),
+            ((3,), opens(1, 3, beam=2, page=4, share=8, recent=32)),
+        )
+    ),
     "means": ByHead((((0, 1, 2, 3), opens(1, 5, beam=2, page=1, share=4, choose="mean")), ((4,), opens(2, 2, page=4)))),
     "no counts": ByHead((((0,), opens(2, 2, beam=2, page=4, count_bias=False)),)),
     "everything": ByHead((((0, 1, 2, 3, 4, 5), opens(2, 500, beam=500, page=1)),)),

@@ -77,8 +77,8 @@ class Oracle:
         return (*(c // per for c in cell[1]), *(c % per for c in cell[1]))
 
     def row(
-        self, query: int, choosers: tuple[np.ndarray, np.ndarray], k: np.ndarray, hidden: set[int], sinks: int, open: int,
-        beam: int, bounds: bool,
+        self, query: int, choosers: tuple[np.ndarray, np.ndarray], k: np.ndarray, hidden: set[int], sinks: int,
+        open: int, beam: int, bounds: bool,
     ) -> tuple[list[int], list[list[int]]]:  # fmt: skip
         """Tokens seen exactly and the token sets of the closed cells; ``choosers`` on the way, and in the end."""
         leading = set(range(sinks))
@@ -135,9 +135,8 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kw: Any) -> T
             if before:
                 leader = (leader + q[b, h, before].mean(0)) / 2
             choosers.append(leader.numpy() * scale)
-        exact, closed = tree.row(
-            i, (choosers[0], choosers[1]), keys, hidden, kw.get("sinks", 0), kw["open"], beam, kw.get("choose") == "bounds"
-        )
+        bounds, sinks = kw.get("choose") == "bounds", kw.get("sinks", 0)
+        exact, closed = tree.row(i, (choosers[0], choosers[1]), keys, hidden, sinks, kw["open"], beam, bounds)
         query = q[b, h, i].numpy() * scale
         scores = [float(query @ keys[j]) for j in exact]
         rows = [values[j] for j in exact]
@@ -169,14 +168,17 @@ CASES: dict[str, dict[str, Any]] = {
         "share": 4, "causal": True,
     },
     "beam shared by more": {
-        "grid": (61,), "block": 8, "rank": 2, "page": 2, "open": 3, "beam": 2, "causal": True, "share": 2, "beam_share": 8,
+        "grid": (61,), "block": 8, "rank": 2, "page": 2, "open": 3, "beam": 2, "causal": True, "share": 2,
+        "beam_share": 8,
     },
     "recent queries": {
         "grid": (61,), "block": 8, "rank": 2, "page": 1, "open": 4, "beam": 2, "choose": "bounds", "rest": "drop",
         "levels": 1, "causal": True, "share": 2, "beam_share": 4, "recent": 6, "sinks": 2,
     },
     "recent queries, odd": {"grid": (53,), "block": 4, "rank": 2, "open": 2, "causal": True, "share": 2, "recent": 5},
-    "one choice": {"grid": (45,), "block": 8, "rank": 4, "open": 3, "levels": 1, "causal": True, "beam_share": 8, "share": 2},
+    "one choice": {
+        "grid": (45,), "block": 8, "rank": 4, "open": 3, "levels": 1, "causal": True, "share": 2, "beam_share": 8,
+    },
     "beam shared by means": {"grid": (48,), "block": 4, "rank": 2, "page": 1, "open": 2, "share": 2, "beam_share": 4},
     "shared by means": {"grid": (48,), "block": 4, "rank": 2, "open": 2, "share": 2},
     "sinks": {"grid": (53,), "block": 4, "rank": 2, "open": 2, "sinks": 5, "rest": "drop", "causal": True},

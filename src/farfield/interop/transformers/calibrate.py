@@ -115,10 +115,10 @@ def fisher(
     return total / tokens
 
 
-def sampled(length: int, number: int, generator: torch.Generator) -> Tensor:
-    """[number] positions, one drawn from each of as many equal stretches of 0 .. length - 1, rising."""
-    number = min(number, length)
-    bounds = torch.linspace(0, length, number + 1, dtype=torch.float64)
+def sampled(length: int, number: int, generator: torch.Generator, start: int = 0) -> Tensor:
+    """[number] positions, one drawn from each of as many equal stretches of start .. length - 1, rising."""
+    number = min(number, length - start)
+    bounds = torch.linspace(start, length, number + 1, dtype=torch.float64)
     place = bounds[:-1] + torch.rand(number, generator=generator, dtype=torch.float64) * bounds.diff()
     return place.long().clamp(max=length - 1)
 

@@ -16,11 +16,15 @@ from farfield.interop.transformers import cores
 from farfield.interop.transformers.calibrate import fisher, sampled, window_errors
 from farfield.interop.transformers.layers import group_of, pyramid_of
 from farfield.interop.transformers.menu import BLOCK, SINKS
+from farfield.interop.transformers.texts import repeating
 
-__all__ = ["BIASES", "Calibration", "Progress", "calibrate"]
+__all__ = ["BIASES", "RECALL", "Calibration", "Progress", "calibrate"]
 
 PIECE = 1024
 """Tokens of a piece on which gradients are taken."""
+
+RECALL = 2
+"""Windows that come again with an end that repeats."""
 
 BIASES: tuple[float | None, ...] = (None, *(i / 2 for i in range(-8, 9)))
 """Biases of a background cell that are tried for every head; None: no such cell."""
@@ -40,7 +44,7 @@ class Calibration:
         menu: the settings; None is the near field and the sinks alone.
         biases: of a background cell.
         length, block, sinks: tokens of a window, of a leaf block, and those that are always seen.
-        windows, queries, pieces, seed: how much text, see :func:`calibrate`.
+        windows, recall, queries, pieces, seed: how much text, see :func:`calibrate`.
     """
 
     errors: Tensor
@@ -50,6 +54,7 @@ class Calibration:
     block: int
     sinks: int
     windows: int
+    recall: int
     queries: int
     pieces: int
     seed: int
@@ -57,7 +62,7 @@ class Calibration:
     @property
     def effort(self) -> dict[str, int]:
         """What the estimate rests on."""
-        return {name: getattr(self, name) for name in ("windows", "queries", "pieces", "seed")}
+        return {name: getattr(self, name) for name in ("windows", "recall", "queries", "pieces", "seed")}
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
@@ -106,6 +111,7 @@ def calibrate(
     biases: Sequence[float | None] = BIASES,
     block: int = BLOCK,
     sinks: int = SINKS,
+    recall: int = RECALL,
     queries: int = 64,
     pieces: int = 4,
     seed: int = 0,
@@ -113,12 +119,17 @@ def calibrate(
 ) -> Calibration:
     """Estimates the error of every setting in every head of a model.
 
+    Plain text hardly asks a model to find again what it read long ago, and an estimate from it alone takes the far
+    field from the heads that do. So some windows come again with an end that repeats what stood far before, and
+    queries are sampled in that end.
+
     Args:
         model: a Transformers causal language model whose layers see their whole causal context.
         windows: token ids [N] each, of one length, of text like that which the model will read.
         menu: settings with ``sinks``; None is the near field and the sinks alone.
         biases: of a background cell; None for no such cell.
         block, sinks: of the near field.
+        recall: how many of the windows come again so. Together they count as much as all the others.
         queries: sampled in each window.
         pieces: of :data:`PIECE` tokens, for the gradients.
         seed: of the sampled queries and labels; equal seeds give equal errors on one machine.
@@ -131,7 +142,8 @@ def calibrate(
     layers = len(cores.attention_layers(model))
     device = next(model.parameters()).device
     done = {"gradients": 0, "settings": 0}
-    steps = {"gradients": pieces, "settings": layers * len(windows)}
+    recall = min(recall, len(windows))
+    steps = {"gradients": pieces, "settings": layers * (len(windows) + recall)}
 
     def step(stage: str) -> None:
         done[stage] += 1
@@ -145,18 +157,22 @@ def calibrate(
     starts = [round(i / max(1, pieces - 1) * (length - size)) for i in range(pieces)]
     short = [ids[start : start + size].to(device) for ids, start in zip(chosen, starts, strict=True)]
     weight = fisher(model, short, generator, lambda: step("gradients"))
-    total: Tensor | None = None
-    for ids in windows:
-        positions = sampled(length, queries, generator).to(device)
-        part = window_errors(
-            model, ids.to(device), menu, weight, positions=positions, block=block, sinks=sinks, biases=biases,
-            progress=lambda: step("settings"),
-        )  # fmt: skip
-        total = part if total is None else total + part
-    assert total is not None
+    # From the last on: of several texts each has its share where there are several windows of each.
+    again = [repeating(windows[-1 - i * len(windows) // recall], generator) for i in range(recall)]
+    parts = []
+    for some in ([(ids, 0) for ids in windows], again):
+        total = torch.zeros(())
+        for ids, start in some:
+            positions = sampled(length, queries, generator, start).to(device)
+            part = window_errors(
+                model, ids.to(device), menu, weight, positions=positions, block=block, sinks=sinks, biases=biases,
+                progress=lambda: step("settings"),
+            )  # fmt: skip
+            total = total + part.cpu()
+        parts += [total / len(some)] if some else []
     return Calibration(
-        errors=total.cpu() / len(windows), menu=tuple(menu), biases=tuple(biases), length=length, block=block,
-        sinks=sinks, windows=len(windows), queries=queries, pieces=pieces, seed=seed,
+        errors=torch.stack(parts).mean(0), menu=tuple(menu), biases=tuple(biases), length=length, block=block,
+        sinks=sinks, windows=len(windows), recall=recall, queries=queries, pieces=pieces, seed=seed,
     )  # fmt: skip
 
 

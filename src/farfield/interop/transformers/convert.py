@@ -15,7 +15,7 @@ from farfield import __version__
 from farfield.far import Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.budget import allocate
-from farfield.interop.transformers.calibration import BIASES, Calibration, Progress, calibrate
+from farfield.interop.transformers.calibration import BIASES, RECALL, Calibration, Progress, calibrate
 from farfield.interop.transformers.keys import context, far_queries, keys_of, near_keys
 from farfield.interop.transformers.layers import CONVERTED, group_of
 from farfield.interop.transformers.loading import configure
@@ -55,6 +55,7 @@ def convert(
     block: int = BLOCK,
     sinks: int = SINKS,
     background: bool = False,
+    recall: int = RECALL,
     queries: int = 64,
     pieces: int = 4,
     seed: int = 0,
@@ -64,7 +65,7 @@ def convert(
 
     Args:
         model: a Transformers causal language model whose layers see their whole causal context; changed in place.
-        windows, block, sinks, queries, pieces, seed, progress: of the calibration, see
+        windows, block, sinks, recall, queries, pieces, seed, progress: of the calibration, see
             :func:`farfield.interop.transformers.calibration.calibrate`.
         menu: settings to choose from, None for :func:`farfield.interop.transformers.menu.menu_for` this length.
         calibration: one that was made before, of this model; instead of all of these.
@@ -92,7 +93,7 @@ def convert(
         with_sinks = [p if p is None else replace(p, sinks=sinks) for p in chosen]
         offered = [p for p in with_sinks if _allowed(p, max_share)]
         calibration = calibrate(
-            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks,
+            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, recall=recall,
             queries=queries, pieces=pieces, seed=seed, progress=progress,
         )  # fmt: skip
     if calibration.errors.shape[2:] != shape:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["apart", "first_token", "read_text", "room", "spread", "windows"]
+__all__ = ["apart", "first_token", "read_text", "repeating", "room", "spread", "windows"]
 
 _CHARACTERS = 6
 """Characters per token to begin with; where they are too few, more are read."""
@@ -79,6 +79,24 @@ def spread(tokenizer: Any, text: str, length: int, number: int, seed: int, name:
         except ValueError:
             taken += windows(tokenizer, text[i * part :], length, 1, name)
     return taken
+
+
+def repeating(ids: Tensor, generator: torch.Generator, tail: float = 0.25, span: int = 32) -> tuple[Tensor, int]:
+    """A window whose end repeats what stood far before: spans of it, each from a place drawn in the part that stays.
+
+    Args:
+        ids: [N] token ids.
+        generator: draws the places.
+        tail: share of the window that repeats.
+        span: tokens repeated in one piece.
+
+    Returns:
+        [N] token ids, and where the repetitions begin.
+    """
+    start = len(ids) - round(tail * len(ids))
+    places = torch.randint(0, max(1, start - span), (-(-(len(ids) - start) // span),), generator=generator)
+    spans = torch.cat([ids[place : place + span] for place in places.tolist()] or [ids[:0]])
+    return torch.cat([ids[:start], spans])[: len(ids)], start
 
 
 def room(tokenizer: Any, text: str, length: int) -> int:

@@ -30,7 +30,7 @@ class Descent(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_int64)
-            for name in ("groups", "shared", "units", "each", "dim", "rungs", "widest", "width", "threads")
+            for name in ("groups", "shared", "units", "each", "dim", "finer_dim", "rungs", "widest", "width", "threads")
         ),
         ("rung", ctypes.POINTER(Rung)),
         *((name, ctypes.c_void_p) for name in ("query", "finer", "seen", "block", "opened")),
@@ -94,8 +94,8 @@ def score(query: Tensor, keys: Tensor, bias: Tensor, number: Tensor) -> Tensor:
 def descend(query: Tensor, finer: Tensor, levels: Sequence[Level], seen: Tensor, block: Tensor) -> Tensor:
     """[G, U n, k] what is opened on the last level; see :func:`farfield.ops.opened.choose.descend`. Float32 on the CPU.
 
-    ``query`` is [G, U, D], ``finer`` [G, U n, D] (the same where there is one level), ``seen`` [blocks, cells of the
-    first level] bool, ``block`` [U].
+    ``query`` [G, U, D] is as wide as the keys of all levels but the last, ``finer`` [G, U n, D'] as those of the last
+    (the same where there is one level); ``seen`` [blocks, cells of the first level] bool, ``block`` [U].
     """
     query, finer, seen, block = (x.contiguous() for x in (query, finer, seen, block))
     kept: list[Tensor] = []
@@ -121,9 +121,9 @@ def descend(query: Tensor, finer: Tensor, levels: Sequence[Level], seen: Tensor,
     opened = torch.empty(*finer.shape[:2], width, dtype=torch.int64)
     call = Descent(
         groups=query.shape[0], shared=len(levels[0].keys), units=query.shape[1], each=finer.shape[1] // query.shape[1],
-        dim=query.shape[2], rungs=len(levels), widest=max(widest, width), width=width, threads=torch.get_num_threads(),
-        rung=rungs, query=query.data_ptr(), finer=finer.data_ptr(), seen=seen.data_ptr(), block=block.data_ptr(),
-        opened=opened.data_ptr(),
+        dim=query.shape[2], finer_dim=finer.shape[2], rungs=len(levels), widest=max(widest, width), width=width,
+        threads=torch.get_num_threads(), rung=rungs, query=query.data_ptr(), finer=finer.data_ptr(),
+        seen=seen.data_ptr(), block=block.data_ptr(), opened=opened.data_ptr(),
     )  # fmt: skip
     check(library().farfield_descend(ctypes.byref(call)))
     return opened

@@ -55,8 +55,8 @@ def step_heads(
         query: [B, Hq, D].
         queries: [B, Hq, S, D], that of position i at place i % S.
         keys, values: [B, Hkv, room, D].
-        chosen: [B, Hq, 1 + pages] int64, read where the choice of this run of queries is there, otherwise written: one more
-            than the number of the run, and the pages, negative where there are fewer.
+        chosen: [B, Hq, 1 + pages] int64, read where the choice of this run of queries is there, otherwise written: one
+            more than the number of the run, and the pages, negative where there are fewer.
         banks: [B, n, room, D or 2 D] each, what choices score.
         table: [Hq, 14] int64, for every head: its key head; bank of its cells (-1: the keys) and which of the bank's
             heads; the same of its pages; tokens of a cell and of a page; beam, open, share, beam_share, recent; whether

@@ -1293,18 +1293,24 @@ extern "C" int farfield_top(const float* scores, int64_t rows, int64_t width, in
   });
 }
 
-// scores[i] = query . keys[number[i]] + bias[number[i]]; -inf where the number is negative.
-static void score_cells(const float* query, const float* keys, const float* bias, const int64_t* number, int64_t n,
-                        int64_t dim, float* scores) {
-  for (int64_t i = 0; i < n; i += LANES) {
-    const int64_t count = std::min<int64_t>(LANES, n - i);
-    const float* row[LANES];
-    float found[LANES];
-    for (int64_t e = 0; e < LANES; e++) row[e] = keys + std::max<int64_t>(0, number[i + std::min(e, count - 1)]) * dim;
-    dots(query, 1, row, dim, found, 0);
-    for (int64_t e = 0; e < count; e++) {
-      const float shift = number[i + e] < 0 ? NONE : bias[number[i + e]];
-      scores[i + e] = shift == NONE ? NONE : found[e] + shift;
+constexpr int64_t RUN_UNITS = 16;  // units that see the same and are scored together
+
+// scores[q * step + i] = query[q] . keys[number[i]] + bias[number[i]]; -inf where the number is negative.
+static void score_cells(const float* query, int64_t queries, const float* keys, const float* bias, const int64_t* number,
+                        int64_t n, int64_t dim, float* scores, int64_t step) {
+  for (int64_t q = 0; q < queries; q += RUN_UNITS) {
+    const int64_t some = std::min(RUN_UNITS, queries - q);
+    for (int64_t i = 0; i < n; i += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, n - i);
+      const float* row[LANES];
+      float found[RUN_UNITS * LANES];
+      for (int64_t e = 0; e < LANES; e++) row[e] = keys + std::max<int64_t>(0, number[i + std::min(e, count - 1)]) * dim;
+      dots(query + q * dim, some, row, dim, found, LANES);
+      for (int64_t e = 0; e < count; e++) {
+        const float shift = number[i + e] < 0 ? NONE : bias[number[i + e]];
+        for (int64_t j = 0; j < some; j++)
+          scores[(q + j) * step + i + e] = shift == NONE ? NONE : found[j * LANES + e] + shift;
+      }
     }
   }
 }
@@ -1318,8 +1324,8 @@ extern "C" int farfield_score(const float* query, const float* keys, const float
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (groups * units * places * dim > SHORT)
     for (int64_t row = 0; row < groups * units; row++) {
       const int64_t g = row / units / (groups / shared);
-      score_cells(query + row * dim, keys + g * cells * dim, bias + (biases == 1 ? 0 : g * cells),
-                  number + (numbers == 1 ? row % units : row) * places, places, dim, scores + row * places);
+      score_cells(query + row * dim, 1, keys + g * cells * dim, bias + (biases == 1 ? 0 : g * cells),
+                  number + (numbers == 1 ? row % units : row) * places, places, dim, scores + row * places, 0);
     }
   });
 }
@@ -1334,9 +1340,9 @@ struct Rung {                           // a level of a descent
 };
 
 struct Descent {
-  int64_t groups, shared, units, each, dim, rungs, widest, width, threads;  // widest: cells that a unit can see on a level
+  int64_t groups, shared, units, each, dim, finer_dim, rungs, widest, width, threads;  // widest: cells seen on a level
   const Rung* rung;
-  const float *query, *finer;           // [G, U, D]; [G, U each, D], who makes the last choice
+  const float *query, *finer;           // [G, U, dim]; [G, U each, finer_dim], who makes the last choice
   const uint8_t* seen;                  // [blocks, cells of the first rung]
   const int64_t* block;                 // [U]
   int64_t* opened;                      // [G, U each, width], -1: none
@@ -1344,18 +1350,17 @@ struct Descent {
 
 }  // extern "C"
 
-constexpr int64_t RUN_UNITS = 16;  // units that see the same and score the first rung together
-
 // What one thread needs to descend.
 struct Climber {
   const Descent& d;
   const int64_t room;
-  std::vector<float> scores;
+  std::vector<float> scores, last;
   std::vector<int32_t> order;
   std::vector<int64_t> number, chosen;
 
   explicit Climber(const Descent& descent)
-      : d(descent), room(up_to(d.widest, LANES)), scores(RUN_UNITS * room), order(room), number(room), chosen(room) {}
+      : d(descent), room(up_to(d.widest, LANES)), scores(RUN_UNITS * room), last(d.rungs > 1 ? d.each * room : 0),
+        order(room), number(room), chosen(room) {}
 
   // Scores of all cells of the first rung for units [u, u + n) of one block.
   void first(int64_t g, int64_t u, int64_t n) {
@@ -1383,11 +1388,11 @@ struct Climber {
     }
   }
 
-  void score(int64_t g, int64_t r, const float* query, int64_t n, float* at) {
+  void score(int64_t g, int64_t r, const float* query, int64_t queries, int64_t dim, int64_t n, float* to) {
     const Rung& rung = d.rung[r];
     const int64_t of_keys = g / (d.groups / d.shared);
-    score_cells(query, rung.keys + of_keys * rung.cells * d.dim, rung.bias + (rung.biases == 1 ? 0 : of_keys * rung.cells),
-                number.data(), n, d.dim, at);
+    score_cells(query, queries, rung.keys + of_keys * rung.cells * dim,
+                rung.bias + (rung.biases == 1 ? 0 : of_keys * rung.cells), number.data(), n, dim, to, room);
   }
 
   // The rungs below the first for one unit, whose scores on the first stand in ``at``.
@@ -1395,7 +1400,7 @@ struct Climber {
     int64_t n = d.rung[0].cells;
     for (int64_t r = 0; r + 1 < d.rungs; r++) {
       const Rung &rung = d.rung[r], &next = d.rung[r + 1];
-      if (r) score(g, r, d.query + (g * d.units + u) * d.dim, n, at);
+      if (r) score(g, r, d.query + (g * d.units + u) * d.dim, 1, d.dim, n, at);
       const int64_t found = largest(at, n, rung.take, order.data(), chosen.data());
       for (int64_t i = 0; r && i < found; i++) chosen[i] = number[chosen[i]];
       n = 0;
@@ -1403,15 +1408,15 @@ struct Climber {
       for (int64_t i = 0; i < found; i++, n += rung.below)
         std::copy_n(rung.children + chosen[i] * rung.below, rung.below, number.data() + n);
     }
-    for (int64_t j = 0; j < d.each; j++) finish(g, u * d.each + j, n, at);
+    const int64_t first = (g * d.units + u) * d.each;
+    if (d.rungs > 1) score(g, d.rungs - 1, d.finer + first * d.finer_dim, d.each, d.finer_dim, n, at = last.data());
+    for (int64_t j = 0; j < d.each; j++) finish(n, at + j * room, d.opened + (first + j) * d.width);
   }
 
-  // The last rung, for one of those who choose there among the first n of ``number``.
-  void finish(int64_t g, int64_t u, int64_t n, float* at) {
+  // The last choice, of one of those who make it, among the first n of ``number``.
+  void finish(int64_t n, const float* at, int64_t* to) {
     const Rung& rung = d.rung[d.rungs - 1];
-    if (d.rungs > 1) score(g, d.rungs - 1, d.finer + (g * d.units * d.each + u) * d.dim, n, at);
     const int64_t found = largest(at, n, rung.take, order.data(), chosen.data()), below = rung.children ? rung.below : 1;
-    int64_t* const to = d.opened + (g * d.units * d.each + u) * d.width;
     for (int64_t i = 0; i < found; i++) {
       const int64_t cell = d.rungs > 1 ? number[chosen[i]] : chosen[i];
       if (rung.children) std::copy_n(rung.children + cell * below, below, to + i * below);

@@ -269,7 +269,8 @@ def opened_far(
     with torch.no_grad():
         known: Tensor | None = None
         if recent and key_mask is not None:  # padding says nothing
-            known = torch.nn.functional.pad(key_mask, (0, laid.shape[1] - key_mask.shape[1])).repeat_interleave(heads, 0)
+            known = torch.nn.functional.pad(key_mask, (0, laid.shape[1] - key_mask.shape[1]))
+            known = known.repeat_interleave(heads, 0)
 
         def choosers(run: int) -> Tensor:
             plain = laid.detach()

@@ -20,18 +20,19 @@ class Bank:
     """What the choice scores: per level (pages first, so that ``keys[level]`` is that of ``level``) keys and biases.
 
     Attributes:
-        keys: [G', cells, D or 2 D] float32 each, G' = batch * key heads; twice as wide where the choice is by bounds.
+        keys: [G', cells, D or 2 D] float32 each, G' = batch * key heads; twice as wide where the choice is by bounds,
+            which a page of one token does not have.
         bias: [G' or 1, cells] each, float32 or wider: log(count), 0 without count bias, -inf in an empty cell.
-        bounds: whether queries are split into their positive and negative channels.
     """
 
     keys: tuple[Tensor, ...]
     bias: tuple[Tensor, ...]
-    bounds: bool
 
-    def queries(self, query: Tensor) -> Tensor:
-        """Scaled queries [G, U, D] as the keys take them."""
-        return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1) if self.bounds else query
+    def queries(self, query: Tensor, level: int) -> Tensor:
+        """Scaled queries [G, U, D] as a level's keys take them: for bounds, positive and negative channels apart."""
+        if self.keys[level].shape[-1] == query.shape[-1]:
+            return query
+        return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,14 @@ def make_bank(
                 low = low[:, index].masked_fill(~used[..., None], torch.inf).amin(2)
         some = number > 0
         mean = total / number.clamp(min=1.0)[..., None].float()
-        if choose == "bounds":
+        if choose == "bounds" and (level or pages.shape[2] > 1):
             key = torch.cat([(high + mean) / 2, (low + mean) / 2], -1)
             keys.append(key.masked_fill(~some[..., None], 0.0))
         else:
             keys.append(summaries[level - 1].float() if level else mean)
         log = number.clamp(min=1.0).log() if count else torch.zeros_like(number)
         bias.append(log.masked_fill(~some, -torch.inf))
-    return Bank(tuple(keys), tuple(bias), choose == "bounds")
+    return Bank(tuple(keys), tuple(bias))
 
 
 def _compiled(x: Tensor) -> bool:
@@ -180,12 +181,13 @@ def descend(
         The choice, for as many units as make the last one. Every token in a cell is seen once: in an opened page or in
         one closed cell.
     """
-    query = bank.queries(query)
-    finer = query if finer is None else bank.queries(finer)
     level, bottom = len(tree.children), 1 if tree.pages_per_cell == 1 else 0
+    finer = bank.queries(query if finer is None else finer, bottom)
     if level == bottom:  # one choice, the last
         block = block.repeat_interleave(finer.shape[1] // query.shape[1])
         query = finer
+    else:
+        query = bank.queries(query, level)
     if not keep and _compiled(query):
         return Choice(compiled.descend(query, finer, _levels(tree, bank, open, beam), tree.top, block), ())
     each = finer.shape[1] // query.shape[1]
@@ -215,8 +217,10 @@ def descend(
         if level:
             own = tree.lists[level - 1][block][None].expand(len(query), -1, -1)
             number = torch.cat([own, number], -1)
-        if level == bottom and finer is not query:
-            number, query = number.repeat_interleave(each, 1), finer
+        if level == bottom:
+            query = finer
+        if level == bottom and each > 1:
+            number = number.repeat_interleave(each, 1)
             rest = [Cells(c.level, *(x.repeat_interleave(each, 1) for x in (c.number, c.seen))) for c in rest]
         scores = _score(query, bank, level, number)
     return Choice(opened, tuple(rest))

@@ -98,7 +98,7 @@ class OpenedStream:
         wide = compute_dtype(cache["keys"].dtype)
         for level in range(len(tree.children) + 1):
             cells = tree.cells(level) if level else tree.pages
-            width = 2 * dim if self.choose == "bounds" else dim
+            width = 2 * dim if self.choose == "bounds" and (level or self.page > 1) else dim
             wanted = {f"score {level}": (width, torch.float32)}
             if self.keep and (level or tree.pages_per_cell > 1):
                 wanted |= {f"key {level}": (dim, wide), f"value {level}": (dim, wide)}
@@ -240,7 +240,7 @@ class OpenedStream:
         # Whole buffers, room included: a slice would be copied. Only the top level is read from end to end.
         keys = [cache[f"score {i}"].flatten(0, 1) for i in range(len(sizes))]
         keys[-1] = keys[-1][:, : sizes[-1]]
-        bank = Bank(tuple(keys), _counts(tree, valid, self.count_bias, wide), self.choose == "bounds")
+        bank = Bank(tuple(keys), _counts(tree, valid, self.count_bias, wide))
         ahead, own = (
             leader_of(cache["queries"], at, share, self.recent).flatten(0, 1)[:, None] * scale
             for share in (self.beam_share, self.share)
