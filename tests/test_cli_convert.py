@@ -45,7 +45,7 @@ def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke
         "--device", "cpu",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
-    assert "settings: 2 of 2" in made.output
+    assert "settings: 4 of 4" in made.output
     report = json.loads((out / "conversion.json").read_text())
     assert report["keys"] <= 0.85
     assert report["texts"] == ["text.txt.xz"]
