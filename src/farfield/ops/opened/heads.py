@@ -139,6 +139,7 @@ class HeadsStream:
         length = key.shape[2]
         cache["keys"][:, :, :length], cache["values"][:, :, :length] = key, value
         write_ring(cache["queries"], query, 0)
+        cache["chosen"][:, :, 0] = 0
         self._score(cache, 0, length // self.block * self.block)
         if self.sums is not None:
             self.sums.fill(cache, key, value)
