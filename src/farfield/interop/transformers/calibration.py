@@ -129,7 +129,7 @@ def calibrate(
         menu: settings with ``sinks``; None is the near field and the sinks alone.
         biases: of a background cell; None for no such cell.
         block, sinks: of the near field.
-        recall: how many of the windows come again so. Together they count as much as all the others.
+        recall: how many of the windows come again so, at most all. Together they count as much as the others.
         queries: sampled in each window.
         pieces: of :data:`PIECE` tokens, for the gradients.
         seed: of the sampled queries and labels; equal seeds give equal errors on one machine.
