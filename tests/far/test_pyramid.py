@@ -305,7 +305,7 @@ def test_export_leaves_the_layer_as_it_was(rope: str) -> None:
 
 def test_queries_before_are_those_of_causal_sequences() -> None:
     opened = ff.far.Pyramid(2, open=2, recent=4)
-    with pytest.raises(ValueError, match=r"Pyramid\(recent=4\) with causal=False, dims=1.*recent=0 would be accepted"):
+    with pytest.raises(ValueError, match=r"recent=4 with causal=False on 1 axes.*recent=0 would be accepted"):
         ff.Attention(16, 2, near=ff.near.Blocks(8), far=opened)
     ff.Attention(16, 2, near=ff.near.Blocks(8), far=opened, causal=True)
     with pytest.raises(ValueError, match=r"beam_share=3: a multiple of share=1 that divides the 8 tokens"):

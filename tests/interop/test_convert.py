@@ -303,6 +303,22 @@ def test_recall_is_counted_among_the_windows() -> None:
     assert not torch.equal(none.calibration.errors, one.calibration.errors)
 
 
+def test_recall_weighs_as_much_as_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plain windows of error 1 and one repeating window of error 3: the mean of the kinds, not of the windows."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def errors(model: Any, ids: Tensor, menu: Any, weight: Tensor, *, positions: Tensor, **_: Any) -> Tensor:
+        seen.append((ids, positions))
+        return torch.full((len(menu), 18, 2, 4), 1.0 if len(seen) < 3 else 3.0)
+
+    monkeypatch.setattr("farfield.interop.transformers.calibration.window_errors", errors)
+    _, made = small(keys=0.5, recall=1)
+    assert (made.calibration.errors == 2.0).all()
+    plain, again = seen[1], seen[2]
+    assert torch.equal(plain[0][:120], again[0][:120]) and not torch.equal(plain[0], again[0])
+    assert plain[1].min() < 120 <= again[1].min()
+
+
 def test_equal_seeds_choose_alike_and_more_keys_lose_less() -> None:
     (_, a), (_, b), (_, c) = small(keys=0.5), small(keys=0.5), small(keys=0.8)
     assert (a.options, a.report) == (b.options, b.report)

@@ -361,11 +361,8 @@ def _heads_stream(options: ByHead, block: int, num_heads: int, kv_heads: int, re
         if _together(p):
             (rank,) = per_axis(p.rank, 1, "Pyramid.rank")
             (page,) = per_axis(block // rank if p.page is None else p.page, 1, "Pyramid.page")
-            beam = p.open if p.beam is None else p.beam
-            opens = Opens(
-                block // rank, page, beam, p.open, p.share, p.share if p.beam_share is None else p.beam_share, p.recent,
-                p.choose, p.count_bias,
-            )  # fmt: skip
+            beam, beam_share = p.way
+            opens = Opens(block // rank, page, beam, p.open, p.share, beam_share, p.recent, p.choose, p.count_bias)
             for head in of_group:
                 heads[head] = opens
     return HeadsStream(block, options.sinks or 0, tuple(heads), kv_heads, options.background, rewind)

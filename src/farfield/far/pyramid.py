@@ -136,10 +136,15 @@ class Pyramid(FarPart):
     why_not_causal = "query_rank pools queries, which mixes later tokens in"
 
     @property
+    def way(self) -> tuple[int, int]:
+        """Cells opened on every level on the way to the pages, and queries that share them."""
+        beam = self.open if self.beam is None else self.beam
+        return beam, self.share if self.beam_share is None else self.beam_share
+
+    @property
     def needs_queries(self) -> bool:
         """Whether what a query opens hangs on queries before it."""
-        shared = max(self.share, self.beam_share or 1)
-        return bool(self.open) and (shared > 1 or self.recent > 0)
+        return bool(self.open) and (self.way[1] > 1 or self.recent > 0)
 
     @property
     def cost(self) -> str:
@@ -164,14 +169,9 @@ class Pyramid(FarPart):
         if self.query_rank is not None:
             geometry(block, block, per_axis(self.query_rank, spec.dims, "Pyramid.query_rank"))
         check_options(
-            shape.block, shape.rank, self.open, self.beam, self.page, self.share, self.rest, self.choose,
-            self.beam_share, self.recent,
+            shape.block, shape.rank, self.open, self.beam, self.page, self.share, self.beam_share, self.recent,
+            self.rest, self.choose, spec.causal,
         )  # fmt: skip
-        if self.recent and not (spec.causal and spec.dims == 1):
-            raise ValueError(
-                f"Pyramid(recent={self.recent}) with causal={spec.causal}, dims={spec.dims}: queries have others "
-                "before them in causal sequences; recent=0 would be accepted here"
-            )
         if self.open and self.page is not None:
             per_axis(self.page, spec.dims, "Pyramid.page")
         if self.grid is not None:
@@ -526,10 +526,11 @@ class _Pyramid(StreamModule):
 def _opening(o: Pyramid, shape: Geometry, part: str, rewind: int) -> OpenedStream:
     (block,), (rank,) = shape.block, shape.rank
     (page,) = per_axis(block // rank if o.page is None else o.page, 1, "Pyramid.page")
+    beam, beam_share = o.way
     return OpenedStream(
-        block=block, rank=rank, levels=o.levels, open=o.open, beam=o.open if o.beam is None else o.beam, page=page,
-        share=o.share, beam_share=o.share if o.beam_share is None else o.beam_share, recent=o.recent,
-        keep=o.rest == "keep", choose=o.choose, count_bias=o.count_bias, sinks=o.sinks, part=part, rewind=rewind,
+        block=block, rank=rank, levels=o.levels, open=o.open, beam=beam, page=page, share=o.share,
+        beam_share=beam_share, recent=o.recent, keep=o.rest == "keep", choose=o.choose, count_bias=o.count_bias,
+        sinks=o.sinks, part=part, rewind=rewind,
     )  # fmt: skip
 
 

@@ -82,6 +82,26 @@ def test_tokens_are_kept_once() -> None:
     assert state.nbytes == 4 * 6 * (tokens + cells + queries) + 8 * chosen
 
 
+@pytest.mark.skipif(compiled.why_not() is not None, reason=f"no compiled engine: {compiled.why_not()}")
+def test_a_choice_is_made_once_for_a_run() -> None:
+    """Within a run nothing that choices score is read again, and the first step of the next run reads it."""
+    far = ByHead((((0, 1, 2, 3, 4, 5), opens(2, 3, beam=2, page=2, share=8, recent=4)),))
+    layer = ff.Attention(36, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True).eval()
+    x = 2 * torch.randn(1, 65, 36)
+    state = layer.stream(rewind=0)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.step(x[:, :49], state)
+        rows = [layer.step(x[:, 49:50], state)]
+        for cache in state.caches.values():
+            for name in cache:
+                if "bounds" in name:
+                    cache[name].zero_()
+        rows += [layer.step(x[:, i : i + 1], state) for i in range(50, 57)]
+    torch.testing.assert_close(torch.cat(rows[:7], 1), expected[:, 49:56], rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(rows[7], expected[:, 56:57], rtol=1e-4, atol=2e-5)
+
+
 def test_what_is_no_number_stays_where_it_is_seen() -> None:
     far = ByHead((((0, 1, 2, 3, 4, 5), opens(2, 500, beam=500, page=1)),))
     layer = ff.Attention(36, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True).eval()

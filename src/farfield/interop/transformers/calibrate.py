@@ -276,11 +276,8 @@ def opened_tokens(
     if made is None:
         return torch.zeros(heads, len(positions), length, dtype=torch.bool, device=q.device)
     tree, bank = made
-    ahead, own = (
-        leaders_at(q, positions, share, setting.recent) * scale
-        for share in (setting.beam_share or setting.share, setting.share)
-    )
-    beam = setting.open if setting.beam is None else setting.beam
+    beam, beam_share = setting.way
+    ahead, own = (leaders_at(q, positions, share, setting.recent) * scale for share in (beam_share, setting.share))
     with torch.no_grad():
         pages = descend(tree, bank, ahead, positions // block, setting.open, beam, False, own).pages
     opened = torch.zeros(heads, len(positions), tree.pages + 1, dtype=torch.bool, device=q.device)

@@ -180,7 +180,7 @@ def _allowed(pyramid: Pyramid | None, max_share: int | None) -> bool:
         return True
     if max_share == 1:
         return not pyramid.needs_queries
-    return max(pyramid.share, pyramid.beam_share or 1) <= max_share
+    return pyramid.way[1] <= max_share
 
 
 def _left(keys: float, whole: float, layers: int, dense: int, least: float) -> float:

@@ -76,14 +76,13 @@ def keys_of(pyramid: Pyramid, length: int, block: int, bounds: int = 1) -> float
     cells = start // cell
     readable = np.maximum(start - pyramid.sinks, 0)
     used = cells - np.minimum(cells, pyramid.sinks // cell)  # cells that hold more than sinks
-    beam = pyramid.open if pyramid.beam is None or per_cell == 1 else pyramid.beam
+    beam, beam_share = pyramid.way if per_cell > 1 else (pyramid.open, pyramid.share)
     entered = np.minimum(used, beam)
     opened = np.minimum(np.minimum(pyramid.open * page, entered * cell), readable)
     # Choices are made once for a run of queries, and the last run may be short.
-    share, beam_share = pyramid.share, pyramid.share if pyramid.beam_share is None else pyramid.beam_share
-    total = opened.sum() + each * cells[index % (share if per_cell == 1 else beam_share) == 0].sum()
+    total = opened.sum() + each * cells[index % beam_share == 0].sum()
     if per_cell > 1:
-        total = total + each * (entered * per_cell)[index % share == 0].sum()
+        total = total + each * (entered * per_cell)[index % pyramid.share == 0].sum()
     if pyramid.rest == "keep":
         closed = used - entered
         if per_cell > 1:

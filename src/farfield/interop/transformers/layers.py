@@ -22,8 +22,9 @@ CONVERTED = "converted"
 """The name that stands where a recipe's does."""
 
 _OPTIONS = ("block", "sinks", "layers", "background")
-_SETTINGS = ("rank", "levels", "count_bias", "open", "beam", "page", "share", "beam_share",
-             "recent", "rest", "choose")  # fmt: skip
+_SETTINGS = (
+    "rank", "levels", "count_bias", "open", "beam", "page", "share", "beam_share", "recent", "rest", "choose",
+)  # fmt: skip
 _DEFAULTS = {f.name: f.default for f in fields(Pyramid) if f.name in _SETTINGS}
 
 

@@ -36,10 +36,11 @@ def check_options(
     beam: int | None,
     page: int | Sequence[int] | None,
     share: int,
+    beam_share: int | None,
+    recent: int,
     rest: str,
     choose: str,
-    beam_share: int | None = None,
-    recent: int = 0,
+    causal: bool,
 ) -> tuple[int, ...]:
     """Checks the options of a choice; the page per axis.
 
@@ -75,6 +76,11 @@ def check_options(
         raise ValueError(
             f"beam_share={beam_share!r}: a multiple of share={share} that divides the {prod(block)} tokens of a leaf "
             f"block would be accepted, one of {fits}"
+        )
+    if recent and not (causal and len(block) == 1):
+        raise ValueError(
+            f"recent={recent} with causal={causal} on {len(block)} axes: queries have others before them in causal "
+            "sequences; recent=0 would be accepted here"
         )
     return pages
 
@@ -153,12 +159,9 @@ def opened_attention(
         query, key, value, grid, block, rank, levels, causal, key_mask, None, scale, None, sinks, 0.0, summary,
         level_bias, part,
     )  # fmt: skip
-    pages = check_options(call["block"], call["rank"], open, beam, page, share, rest, choose, beam_share, recent)
-    if recent and not (causal and len(call["block"]) == 1):
-        raise ValueError(
-            f"recent={recent} with causal={causal} on {len(call['block'])} axes: queries have others before them in "
-            "causal sequences; recent=0 would be accepted here"
-        )
+    pages = check_options(
+        call["block"], call["rank"], open, beam, page, share, beam_share, recent, rest, choose, causal
+    )
     if impl not in (None, "compiled", "torch", "reference"):
         raise ValueError(f"impl={impl!r}: 'compiled', 'torch', 'reference' or None would be accepted")
     shared: dict[str, Any] = {
