@@ -1,12 +1,13 @@
 """The CPU engines beside scaled_dot_product_attention and beside the matrix rate, interleaved in one run.
 
     python benchmarks/cpu.py --out runs/cpu.json
+    python benchmarks/cpu.py --dtype bfloat16 --lengths 2048,16384 --out runs/cpu16.json
 
-Two tables. By length: B 1, H 8, D 64, float32, causal, block 64, rank 8; SDPA and both engines in turn, forward and
-forward+backward, medians and ratios; memory of forward+backward in sizes of q, as far as the process rises above its
-inputs. By form: causal, not causal, an image and a volume with the compiled engine, as a share of the rate of matrix
-products that is measured in the same turns, useful FLOPs only (``farfield bench`` says how they are counted). Every row
-is kept in OUT as soon as it is measured, and not measured again.
+Two tables. By length: B 1, H 8, D 64, causal, block 64, rank 8, float32 unless --dtype says otherwise; SDPA and both
+engines in turn, forward and forward+backward, medians and ratios; memory of forward+backward in sizes of q, as far as
+the process rises above its inputs. By form: causal, not causal, an image and a volume with the compiled engine, as a
+share of the rate of matrix products that is measured in the same turns, useful FLOPs only (``farfield bench`` says how
+they are counted). Every row is kept in OUT as soon as it is measured, and not measured again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import farfield as ff
-from farfield.bench.case import Case
+from farfield.bench.case import DTYPES, Case
 from farfield.bench.ceilings import MatrixProduct
 from farfield.bench.memory import PeakMemory
 from farfield.bench.model import work_of
@@ -49,9 +50,9 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def inputs(tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def inputs(tokens: int, dtype: str) -> tuple[tuple[Tensor, ...], Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    *leaves, grad = (torch.randn((1, HEADS, tokens, DIM), generator=generator) for _ in range(4))
+    *leaves, grad = (torch.randn((1, HEADS, tokens, DIM), generator=generator).to(DTYPES[dtype]) for _ in range(4))
     return tuple(x.requires_grad_() for x in leaves), grad
 
 
@@ -76,8 +77,8 @@ def medians(calls: dict[str, Run], repeats: int, slow: frozenset[str] = frozense
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def by_length(tokens: int, repeats: int) -> dict[str, Any]:
-    leaves, grad = inputs(tokens)
+def by_length(tokens: int, repeats: int, dtype: str) -> dict[str, Any]:
+    leaves, grad = inputs(tokens, dtype)
     options = {"causal": True, "block": 64, "rank": 8}
     calls: dict[str, Run] = {}
     peak = {}
@@ -100,13 +101,13 @@ def by_length(tokens: int, repeats: int) -> dict[str, Any]:
     return {"N": tokens, "seconds": medians(calls, repeats, slow), "peak": peak, "repeats": repeats}
 
 
-def by_form(name: str, repeats: int) -> dict[str, Any]:
+def by_form(name: str, repeats: int, dtype: str) -> dict[str, Any]:
     grid, block, rank, causal = FORMS[name]
     case = Case(grid, causal=causal, heads=HEADS, head_dim=DIM)
     work = work_of(Blocks(block), Pyramid(rank=rank), case)
     assert work is not None
-    leaves, grad = inputs(case.tokens)
-    product = MatrixProduct("float32", "cpu")
+    leaves, grad = inputs(case.tokens, dtype)
+    product = MatrixProduct(dtype, "cpu")
     f, fb = runs(
         lambda q, k, v: ff.multipole_attention(
             q, k, v, grid=grid, block=block, rank=rank, causal=causal, impl="compiled"
@@ -127,22 +128,30 @@ def main() -> None:
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384,65536")
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
-    found |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if found.get("dtype", args.dtype) != args.dtype:
+        parser.error(f"{args.out} holds rows in {found['dtype']}; another --out would be accepted")
+    found |= {
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(), "dtype": args.dtype,
+    }  # fmt: skip
     asked = [("N", n) for n in args.lengths.split(",") if n] + [("form", n) for n in args.forms.split(",") if n]
+    how = args.repeats, args.dtype
     for kind, name in asked:
         key = f"{kind} {name}"
         if key not in found["rows"]:
-            row = by_length(int(name), args.repeats) if kind == "N" else by_form(name, args.repeats)
+            row = by_length(int(name), *how) if kind == "N" else by_form(name, *how)
             found["rows"][key] = row
             temporary = args.out.with_suffix(".tmp")
             temporary.write_text(json.dumps(found, indent=1))
             temporary.replace(args.out)
             print(f"{key} done", flush=True)
-    print(f"\n{found['cores']} cores, {found['threads']} threads, torch {found['torch']}, {platform.machine()}\n")
+    machine = f"{found['cores']} cores, {found['threads']} threads, {platform.machine()} with {found['capability']}"
+    print(f"\n{machine}, torch {found['torch']}, {found['dtype']}\n")
     print(
         "| N | SDPA f | compiled f | ratio | torch f | ratio "
         "| SDPA fb | compiled fb | ratio | torch fb | ratio | peak / q |"

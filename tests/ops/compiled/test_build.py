@@ -157,6 +157,24 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, quick: str) -> None:
 
 
 @needs_compiler
+def test_a_filled_cache_that_can_only_be_read_serves(
+    tmp_path: Path, quick: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Root can write everywhere, so the file system says no here."""
+    monkeypatch.setenv("CXX", quick)
+    first = build.build(tmp_path)
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("TemporaryFile", "mkstemp"):
+        monkeypatch.setattr(build.tempfile, name, read_only)
+    with caplog.at_level(logging.INFO, "farfield"):
+        assert build.build(tmp_path) == first
+    assert not caplog.text
+
+
+@needs_compiler
 def test_a_cache_that_others_can_write_is_not_trusted(tmp_path: Path, quick: str) -> None:
     folder = tmp_path / "farfield"
     folder.mkdir(mode=0o777)

@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,14 @@ def _own(path: Path) -> bool:
     return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
 
 
+def _trusted(folder: Path) -> bool:
+    """Whether it is a folder in which no other user can put files."""
+    try:
+        return folder.is_dir() and _own(folder)
+    except OSError:
+        return False
+
+
 def _usable(folder: Path | None) -> bool:
     """Whether files can be kept in ``folder``, which is made when missing, and no other user can put files there."""
     if folder is None:
@@ -111,7 +120,7 @@ def _usable(folder: Path | None) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder):
-            return _own(folder)
+            return _trusted(folder)
     except OSError:
         return False
 
@@ -121,7 +130,8 @@ def _kept(folder: Path, key: str) -> Path | None:
     for path in folder.glob(f"tiles-{key}-*.so"):
         if _own(path) and path.stem.endswith(_hash(path.read_bytes())):
             return path
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
     return None
 
 
@@ -137,6 +147,10 @@ def build(folder: Path | None) -> Path:
         )
     words = shlex.split(command)
     key = _key(words)
+    # A folder that was filled before and can only be read by now still serves.
+    kept = _kept(folder, key) if folder is not None and _trusted(folder) else None
+    if kept is not None:
+        return kept
     if not _usable(folder):
         other = Path(tempfile.mkdtemp(prefix="farfield-"))
         atexit.register(shutil.rmtree, other, ignore_errors=True)
@@ -147,7 +161,7 @@ def build(folder: Path | None) -> Path:
         )  # fmt: skip
         folder = other
     assert folder is not None
-    return _kept(folder, key) or _compile(words, folder, key)
+    return _compile(words, folder, key)
 
 
 def _compile(words: list[str], folder: Path, key: str) -> Path:

@@ -1,8 +1,10 @@
 """The engines as custom operators: one node in a compiled or exported graph, whatever the length.
 
 ``farfield::multipole`` and ``farfield::multipole_backward`` are registered with fakes and a rule for
-``torch.func.vmap``; the gradient (that of the lse included) is :class:`Multipole`. Tensors come first, then the
-settings as plain integers, floats and strings.
+``torch.func.vmap``; the gradient (that of the lse included) is :class:`Multipole`. It is no formula registered with the
+operator, because torch.func.vmap and checkpoints do not take such a formula where an argument is a list of tensors
+(torch 2.13). Tensors come first, then the settings as plain integers, floats and strings. Under autocast the caller
+casts (:func:`farfield.multipole_attention`): the dtype is the context's, not the operator's.
 """
 
 from __future__ import annotations
