@@ -202,6 +202,12 @@ def test_an_unknown_part_is_not_guessed() -> None:
     assert work_of(Other(), None, Case((8,))) is None
 
 
+def test_opened_cells_are_not_counted_as_if_they_were_closed() -> None:
+    case = Case((256,), causal=True)
+    assert work_of(near.Blocks(8), far.Pyramid(rank=2), case) is not None
+    assert work_of(near.Blocks(8), far.Pyramid(rank=2, open=4), case) is None
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_is_counted(name: str) -> None:
     for layer in (0, 1):

@@ -135,7 +135,7 @@ def work_of(near: Part | None, far: Part | None, case: Case) -> Work | None:
         if part is None:
             continue
         count = _COUNTS.get(type(part))
-        if count is None:
+        if count is None or (isinstance(part, Pyramid) and part.open):  # what is opened hangs on the content
             return None
         total += count(part, case, near)
     return total
