@@ -25,6 +25,13 @@ from farfield.recipes import get
 from farfield.training.files import write_json
 
 
+def now(device: torch.device) -> float:
+    """Seconds, when everything that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -32,10 +39,12 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8)
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--rows", type=int, help="only so many of the first rows")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    device = torch.device(given.device)
     (values,) = (a for a in read_arrays(given.data).values() if a.ndim == 2)
     field = torch.from_numpy(values[: given.rows].astype(np.float32))
     mean, std = float(field.mean()), float(field.std())
@@ -45,21 +54,23 @@ def main() -> None:
     model = VisionModel(
         preset("tiny", attention=given.attention, options=chosen, task="operator", channels=2, outputs=1, patch=1,
                position="waves", mean=(mean, 0.0), std=(std, 1.0), target_mean=(mean,), target_std=(std,))
-    )  # fmt: skip
-    model.loss(Examples(torch.randn(1, 2, 64, 64), torch.randn(1, 1, 64, 64))).backward()  # loads code, fills pools
+    ).to(device)  # fmt: skip
+    small = Examples(torch.randn(1, 2, 64, 64, device=device), torch.randn(1, 1, 64, 64, device=device))
+    model.loss(small).backward()  # loads code, fills pools
     model.zero_grad()
-    with PeakMemory("cpu") as peak:
-        begin = time.perf_counter()
-        loss = model.loss(Examples(x, field[None, None]))
-        middle = time.perf_counter()
+    whole = Examples(x.to(device), field[None, None].to(device))
+    with PeakMemory(given.device) as peak:
+        begin = now(device)
+        loss = model.loss(whole)
+        middle = now(device)
         loss.backward()
-        end = time.perf_counter()
+        end = now(device)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert loss.isfinite() and all(g.isfinite().all() for g in gradients) and len(gradients) > 0
     count = count_flops(model, 2, tuple(field.shape))
     result = {
         "settings": {k: v for k, v in vars(given).items() if k not in ("out", "data")},
-        "machine": describe_machine("cpu"),
+        "machine": describe_machine(given.device),
         "grid": list(field.shape),
         "tokens": field.numel(),
         "forward_seconds": middle - begin,
