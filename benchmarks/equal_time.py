@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--block", type=int, default=4)
     parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--depths", type=lambda text: tuple(map(int, text.split(","))), help="layers of the stages")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--examples", type=int, default=1000, help="held-out examples at most")
     parser.add_argument("--out", type=Path, required=True)
@@ -104,6 +106,8 @@ def main() -> None:
         seconds=None,
         steps=given.steps,
         options={"block": given.block, "rank": given.rank},
+        depths=given.depths,
+        seeds=given.seeds,
         batch=given.batch,
         examples=given.examples,
         cost_seconds=None,
