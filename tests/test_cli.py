@@ -163,7 +163,18 @@ def test_recipes_lists_them_all() -> None:
     listed = json.loads(farfield_("recipes", "--json").stdout)
     assert [row["name"] for row in listed] == recipes.names()
     assert all(row["name"] in result.stdout for row in listed)
-    assert {"title", "dims", "proof", "options"} <= set(listed[0])
+    assert {"title", "dims", "departures", "proof", "options"} <= set(listed[0])
+    assert [row["departures"] for row in listed] == [recipes.get(name).departures for name in recipes.names()]
+
+
+def test_recipes_names_the_proofs_where_there_is_room() -> None:
+    narrow, wide = (
+        subprocess.run(
+            [*PROGRAM, "recipes"], env={**ENVIRONMENT, "COLUMNS": columns}, capture_output=True, text=True, timeout=120
+        ).stdout
+        for columns in ("100", "150")
+    )
+    assert "equals a softmax written out" in wide and "written out" not in narrow
 
 
 def test_recipes_shows_some_in_full() -> None:
@@ -172,6 +183,9 @@ def test_recipes_shows_some_in_full() -> None:
     assert "2310.11960" in result.stdout
     assert "option block" in result.stdout
     assert "tests/recipes/test_swin.py" in result.stdout.replace("\n", "")
+    told = " ".join(result.stdout.split())
+    assert "the padding is seen" in told and "departures" in told
+    assert "departures" not in farfield_("recipes", "dense").stdout
     wrong = farfield_("recipes", "fmaa")
     assert wrong.returncode == 2
     assert "did you mean 'fma'?" in wrong.stderr

@@ -26,6 +26,7 @@ def build_app() -> typer.Typer:
     from farfield.commands.recipes import recipes_command
     from farfield.commands.show import show_command
     from farfield.commands.simulate import simulate_command
+    from farfield.commands.sizes import sizes_command
     from farfield.commands.study import study_command
     from farfield.commands.train import train_command
 
@@ -62,6 +63,7 @@ def build_app() -> typer.Typer:
         ("recipes", recipes_command),
         ("bench", bench_command),
         ("simulate", simulate_command),
+        ("sizes", sizes_command),
         ("doctor", doctor_command),
     ):
         app.command(name)(plainly(command))

@@ -123,6 +123,79 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
         open_images([tmp_path / "set"])
 
 
+def _left_out(root: Path, skipped: tuple[str, ...]) -> dict[str, str]:
+    """Path from the root to reason."""
+    pairs = (line.split(": ", 1) for line in skipped)
+    return {str(Path(path).relative_to(root)): reason for path, reason in pairs}
+
+
+def test_whatever_is_left_out_is_named(tmp_path: Path) -> None:
+    root = folder_by_class(tmp_path / "set")
+    stray = (root / "reds" / "0.jpeg").read_bytes()
+    (root / "stray.JPG").write_bytes(stray)
+    (root / "README.md").write_text("about the images")
+    (root / "elsewhere").symlink_to(tmp_path / "gone")
+    reds = root / "reds"
+    (reds / "lost.png").symlink_to(tmp_path / "gone.png")
+    (reds / "loop.png").symlink_to(reds / "loop.png")
+    (reds / "folder.png").mkdir()
+    (reds / "folder.png" / "inside.jpeg").write_bytes(stray)
+    (reds / "more").mkdir()
+    (reds / "more" / "deep.jpeg").write_bytes(stray)
+    (reds / "kept.jpeg").symlink_to(reds / "0.jpeg")
+    (reds / ".thumbnails").mkdir()
+    (reds / ".thumbnails" / "small.png").write_bytes(stray)
+    (tmp_path / "others").mkdir()
+    (reds / "others").symlink_to(tmp_path / "others")
+    (root / "empty").mkdir()
+    data = open_images([root])
+    assert _left_out(root, data.skipped) == {
+        "stray.JPG": "lies beside the folders of classes, not in one of them",
+        "elsewhere": "a link that leads nowhere",
+        "reds/lost.png": "a link that leads nowhere",
+        "reds/loop.png": "a link that leads nowhere",
+        "reds/folder.png": "a folder, not an image",
+        "reds/others": "a link to a folder, which is not followed",
+        "empty": "a class without images",
+    }
+    assert isinstance(data.train, ImageSource)
+    (test,) = data.tests.values()
+    assert isinstance(test, ImageSource)
+    read = {str(Path(file).relative_to(root)) for file in (*data.train.files, *test.files)}
+    assert len(read) == 12 + 3
+    assert {"reds/folder.png/inside.jpeg", "reds/more/deep.jpeg", "reds/kept.jpeg"} < read
+
+
+def test_what_lies_beside_given_halves_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for half in ("train", "test", "val"):
+        folder_by_class(root / half, 2)
+    for place in (root, root / "train", root / "test"):
+        (place / "stray.png").write_bytes(encoded(picture((1, 2, 3))))
+    data = open_images([root])
+    assert _left_out(root, data.skipped) == {
+        "stray.png": "lies beside train and test, not in one of them",
+        "val": "lies beside train and test, not in one of them",
+        "train/stray.png": "lies beside the folders of classes, not in one of them",
+        "test/stray.png": "lies beside the folders of classes, not in one of them",
+    }
+    assert len(data.train) == 4
+
+
+def test_a_test_set_that_nobody_can_read_is_refused(tmp_path: Path) -> None:
+    folder_by_class(tmp_path / "set" / "train", 3)
+    folder_by_class(tmp_path / "set" / "test", 3)
+    files = sorted((tmp_path / "set" / "test").rglob("*.*"))
+    for file in files[:-1]:
+        file.write_bytes(b"nothing")
+    assert len(open_images([tmp_path / "set"]).tests["10x10"]) == 6  # one is enough
+    files[-1].write_bytes(b"nothing")
+    message = r"none of 6 images to test on can be read; the first says .*not an image"
+    for size in (None, (8, 8)):
+        with pytest.raises(ValueError, match=message):
+            open_images([tmp_path / "set"], size=size)
+
+
 def test_batches_depend_on_seed_and_step_only(tmp_path: Path) -> None:
     data = open_images([labelled_archive(tmp_path / "some.npz")])
     first = list(itertools.islice(Batches(data.train, 5, 3).stream(1), 6))

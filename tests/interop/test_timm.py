@@ -109,6 +109,79 @@ def test_refused() -> None:
         dropping(torch.randn(1, 3, 32, 32))
 
 
+def test_models_whose_images_differ_within_a_batch_are_refused() -> None:
+    model = timm.create_model("naflexvit_base_patch16_gap", embed_dim=32, depth=1, num_heads=2)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"NaFlexVit: its images have sizes of their own within a batch"):
+        configure(model)
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("attention", ["fma2d", "swin", "focal"])
+def test_own_models_checkpoint_their_blocks(attention: str) -> None:
+    """The same gradients with less kept: what a block holds is computed again."""
+    register()
+    kept, grads = [], []
+    for enable in (False, True):
+        model = timm.create_model("farfield_tiny", num_classes=3, attention=attention, seed=1)
+        model.set_grad_checkpointing(enable)
+        x = torch.randn(2, 3, 40, 48, generator=torch.Generator().manual_seed(0))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            loss = model(x).square().sum()
+        loss.backward()
+        kept.append(sum(sizes))
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert kept[1] < kept[0] / 3
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+@pytest.mark.parametrize(("attention", "table"), [("swin", "near.bias.table"), ("fma2d", "far.level_bias")])
+def test_own_models_are_trained_by_timms_optimisers(attention: str, table: str) -> None:
+    from timm.models._manipulate import group_parameters
+    from timm.optim import create_optimizer_v2
+
+    register()
+    model = timm.create_model("farfield_tiny", num_classes=3, attention=attention, position="table")
+    spared = model.no_weight_decay()
+    positions = {"backbone.place.table"} | {
+        f"backbone.stages.{stage}.{block}.attention.{table}"
+        for stage, depth in enumerate((1, 1, 2, 1))
+        for block in range(depth)
+    }
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+    assert positions <= spared & matrices
+    assert matrices - spared == {
+        n
+        for n in matrices
+        if n.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight", "head.weight"))
+        or ".stem." in n
+        or ".steps." in n
+    }
+    of = {name: layer for layer, names in group_parameters(model, model.group_matcher()).items() for name in names}
+    assert of.keys() == dict(model.named_parameters()).keys()
+    assert of["backbone.place.table"] == 0 and {v for k, v in of.items() if ".stem." in k} == {0}
+    firsts = [
+        of[f"backbone.stages.{stage}.{block}.up.weight"] for stage, block in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))
+    ]
+    assert firsts == [1, 2, 3, 4, 5]
+    assert [{v for k, v in of.items() if f".steps.{step}." in k} for step in range(3)] == [{1}, {2}, {4}]
+    assert [of[f"backbone.norms.{stage}.weight"] for stage in range(4)] == [1, 2, 4, 5]
+    assert of["head.weight"] == of["head.bias"] == 6
+    coarse = group_parameters(model, model.group_matcher(coarse=True))
+    assert len(coarse) == 1 + 4 + 1
+
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert (group["weight_decay"] == 0) == (name in spared), name
+            assert group["lr_scale"] == 0.5 ** (6 - of[name])
+
+
 def test_own_models_by_name() -> None:
     names = register()
     assert register() == names and "farfield_tiny" in names

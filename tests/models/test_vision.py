@@ -14,6 +14,7 @@ from farfield.models.vision.backbone import sampled
 from farfield.models.vision.model import Examples, relative_errors
 
 NAMES = [name for name in recipes.names() if 2 in recipes.get(name).dims]
+VOLUMES = [name for name in recipes.names() if 3 in recipes.get(name).dims]
 
 
 def small(attention: str = "dense", **changes: object) -> VisionConfig:
@@ -24,8 +25,8 @@ def small(attention: str = "dense", **changes: object) -> VisionConfig:
     return VisionConfig(**settings)  # type: ignore[arg-type]
 
 
-def known(attention: str, **options: object) -> dict[str, object]:
-    return {name: value for name, value in options.items() if name in recipes.options(attention, 2)}
+def known(attention: str, dims: int = 2, **options: object) -> dict[str, object]:
+    return {name: value for name, value in options.items() if name in recipes.options(attention, dims)}
 
 
 def model_of(attention: str = "dense", **changes: object) -> VisionModel:
@@ -79,6 +80,40 @@ def test_three_axes_with_strides_of_their_own() -> None:
     assert [tuple(f.map.shape[2:]) for f in maps] == [(5, 5, 3), (5, 3, 2)]
 
 
+@pytest.mark.parametrize("attention", VOLUMES)
+def test_every_recipe_for_volumes_reads_nothing_that_is_masked_out(attention: str) -> None:
+    """On (T, H, W), with parts so small that near and far fields both have something to read."""
+    parts = {"block": 2, "rank": 1, "size": 3, "stride": 2, "window": 3, "ring": 1, "reach": 1, "cell": 2, "every": 2,
+             "count": 2}  # fmt: skip
+    options = known(attention, 3, **parts)
+    # The second stage has an odd and an even layer.
+    model = model_of(
+        attention, dims=3, task="segment", patch=(1, 2, 2), downsample=(1, 2, 2), options=options, depths=(1, 2)
+    )
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 5, 13, 9, generator=generator) < 0.5
+    mask[1, 3:] = False  # whole frames
+    x = torch.randn(2, 3, 5, 13, 9, generator=generator)
+    other = torch.where(mask[:, None], x, torch.full_like(x, float("nan"))).requires_grad_()
+    hidden = model(other, mask)
+    assert hidden.shape == (2, 5, 5, 13, 9) and bool(hidden.isfinite().all())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, mask), hidden, rtol=0, atol=0)
+        assert not torch.allclose(hidden, model(x))
+    hidden.square().mean().backward()
+    assert other.grad is not None
+    kept = mask[:, None].expand_as(other)
+    assert bool(other.grad.isfinite().all()) and bool((other.grad[~kept] == 0).all())
+    assert bool((other.grad[kept] != 0).any())
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_volumes_include_the_recipe_for_frames_alone() -> None:
+    assert "flashvggt" in VOLUMES and "flashvggt" not in NAMES
+    with pytest.raises(ValueError, match="'flashvggt' works in 3-D; this model has dims=2"):
+        small("flashvggt")
+
+
 def test_one_stage_is_a_plain_transformer() -> None:
     config = small(widths=(32,), depths=(2,), patch=5, stem="patch", position="table", table=3)
     model = VisionModel(config)
@@ -111,6 +146,31 @@ def test_padding_with_a_mask_changes_nothing(stem: str) -> None:
     mask[:, :13, :10] = True
     with torch.no_grad():
         torch.testing.assert_close(model(padded, mask), model(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", NAMES)
+def test_checkpointing_keeps_less_and_changes_no_gradient(attention: str) -> None:
+    model = model_of(
+        attention, depths=(2, 2), options=known(attention, block=4, rank=2, size=3, stride=2, window=3)
+    ).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 21, 18, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 21, 18, generator=generator) < 0.7
+    kept: list[int] = []
+    grads: list[dict[str, Tensor]] = []
+    for enable in (False, True):
+        model.backbone.checkpointing = enable
+        model.zero_grad()
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            loss = model(x, mask).square().sum()
+        loss.backward()
+        kept.append(sum(sizes))
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert kept[1] < kept[0] / 2
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
 def test_an_image_that_is_masked_out_entirely_gives_numbers() -> None:
@@ -336,9 +396,49 @@ def test_bad_input_is_named() -> None:
 
 def test_sizes_grow() -> None:
     with torch.device("meta"):
-        counts = {name: VisionModel(preset(name)).parameter_count() for name in ("tiny", "small", "vit-tiny")}
-    assert counts["tiny"] < 2_000_000 < counts["vit-tiny"] < counts["small"] < 12_000_000
-    assert set(SIZES) == {"tiny", "small", "base", "vit-tiny", "vit-small", "vit-base"}
+        counts = {name: VisionModel(preset(name, outputs=1000)).parameter_count() for name in SIZES}
+    assert list(counts) == ["tiny", "small", "base", "vit-tiny", "vit-small", "vit-base"]
+    assert counts["tiny"] < 2e6 < counts["small"] < 12e6 < counts["base"] < 30e6
+    # Twice the width is four times the blocks, less the embeddings and norms that are linear in it.
+    assert 3.7 * counts["vit-tiny"] < counts["vit-small"] < 4 * counts["vit-tiny"]
+    assert 3.7 * counts["vit-small"] < counts["vit-base"] < 4 * counts["vit-small"] < 100e6
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_works_at_any_size_of_image(size: str) -> None:
+    model = VisionModel(preset(size, attention="fma2d", options={"block": 2, "rank": 1}, outputs=3)).eval()
+    with torch.no_grad():
+        out = model(torch.randn(1, 3, 50, 70))
+        features = model.backbone(torch.randn(1, 3, 50, 70))
+    assert out.shape == (1, 3) and out.isfinite().all()
+    patch, stages = model.config.patches[0], len(model.config.widths)
+    assert [f.map.shape[1] for f in features] == list(model.config.widths)
+    sides = [(-(-50 // patch), -(-70 // patch))]
+    for _ in range(stages - 1):
+        sides.append((-(-sides[-1][0] // 2), -(-sides[-1][1] // 2)))
+    assert [tuple(f.map.shape[2:]) for f in features] == sides
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_alone_give_the_same_count_and_change_nothing(name: str) -> None:
+    """On the meta device the pass is one of shapes; what it leaves behind must not disturb a real one."""
+    config = small(attention=name, depths=(2, 1))
+    with torch.device("meta"):
+        shapes = VisionModel(config)
+    counted = count_flops(shapes, 3, (18, 22))
+    real = VisionModel(config)
+    assert count_flops(real, 3, (18, 22)) == counted
+    assert counted.flops is not None
+    assert all(p.device.type == "meta" for p in shapes.parameters())
+    real(torch.randn(2, 3, 18, 22)).sum().backward()
+
+
+def test_shapes_do_not_tell_what_opened_cells_read() -> None:
+    with torch.device("meta"):
+        model = VisionModel(small(attention="fma2d", options={"block": 2, "rank": 1, "open": 1}))
+    count = count_flops(model, 3, (18, 22))
+    assert count.parameters == model.parameter_count()
+    assert count.maps is None and count.flops is None
 
 
 def test_flops_are_those_of_the_formula() -> None:

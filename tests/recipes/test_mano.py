@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from farfield import recipes
 
@@ -39,6 +41,73 @@ def test_equals_the_sum_of_explicit_levels(grid: tuple[int, ...], size: int, rat
         want = want + math.factorial(total - level) / math.factorial(total) * (weights @ v)
     assert isinstance(want, torch.Tensor)
     torch.testing.assert_close(layer(x, grid=grid), layer.proj(want.transpose(1, 2).flatten(2)))
+
+
+def _windows(grid: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """[N, N] whether a query sees a key: blocks of `size` cells, the last of an axis moved inside."""
+    seen = torch.ones(1, 1, dtype=torch.bool)
+    for length, side in zip(grid, size, strict=True):
+        axis = torch.zeros(length, length, dtype=torch.bool)
+        for i in range(length):
+            start = max(0, min(i // side * side, length - side))
+            axis[i, start : start + side] = True
+        seen = (seen[:, None, :, None] & axis[None, :, None, :]).flatten(2).flatten(0, 1)
+    return seen
+
+
+def _down(x: Tensor, weight: Tensor, grid: tuple[int, int], rate: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """[B, H, N, D] to coarser cells by a grouped convolution with stride; a cell divides by the tokens that it has."""
+    image = x.mT.flatten(1, 2).unflatten(2, grid)
+    spare = (0, -grid[1] % rate[1], 0, -grid[0] % rate[0])
+    kernel = weight.movedim(-1, 1).flatten(0, 1)[:, None]
+    total = F.conv2d(F.pad(image, spare), kernel, stride=rate, groups=image.shape[1])
+    count = F.conv2d(F.pad(torch.ones_like(image[:1, :1]), spare), torch.ones_like(kernel[:1]), stride=rate)
+    coarse = total / count
+    return coarse.flatten(2).unflatten(1, (x.shape[1], -1)).mT, (coarse.shape[2], coarse.shape[3])
+
+
+def _up(x: Tensor, weight: Tensor, coarse: tuple[int, int], fine: tuple[int, int], rate: tuple[int, int]) -> Tensor:
+    """The way back by a grouped transposed convolution, cut to the finer grid."""
+    image = x.mT.flatten(1, 2).unflatten(2, coarse)
+    kernel = weight.movedim(-1, 1).flatten(0, 1)[:, None]
+    spread = F.conv_transpose2d(image, kernel, stride=rate, groups=image.shape[1])[..., : fine[0], : fine[1]]
+    return spread.flatten(2).unflatten(1, (x.shape[1], -1)).mT
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "rate"),
+    [((16, 12), (4, 4), (2, 2)), ((13, 9), (3, 3), (2, 2)), ((11, 14), (3, 2), (2, 3)), ((5, 20), (4, 4), (3, 2))],
+)
+def test_learned_sampling_equals_strided_convolutions(
+    grid: tuple[int, int], size: tuple[int, int], rate: tuple[int, int]
+) -> None:
+    """The default: every level by convolutions with random kernels, a softmax per window as a matrix, the way back."""
+    torch.manual_seed(0)
+    layer = recipes.build("mano", 16, 4, num_kv_heads=2, dims=2, size=size, rate=rate).double()
+    assert layer.far_spec is not None and layer.far is not None
+    assert layer.far_spec.sampling == "learned"
+    for cells in (*layer.far.down, layer.far.up):
+        torch.nn.init.normal_(cells.weight)
+    x = torch.randn(2, math.prod(grid), 16, dtype=torch.float64)
+    inputs = layer._inputs(x, grid, None, None)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    grids, outs = [grid], []
+    while True:
+        keys, values = (t.repeat_interleave(2, 1) for t in (k, v))
+        scores = (q @ keys.mT / 2).masked_fill(~_windows(grids[-1], size), -torch.inf)
+        outs.append(scores.softmax(-1) @ values)
+        here = grids[-1]
+        if here[0] <= size[0] and here[1] <= size[1]:
+            break
+        downs = [_down(t, cells.weight, here, rate) for t, cells in zip((q, k, v), layer.far.down, strict=True)]
+        q, k, v = (t for t, _ in downs)
+        grids.append(downs[0][1])
+    assert len(outs) > 2
+    total = outs[-1]
+    for level in range(len(outs) - 2, -1, -1):
+        fading = len(outs) - 1 - level
+        total = outs[level] + _up(total, layer.far.up.weight, grids[level + 1], grids[level], rate) / fading
+    torch.testing.assert_close(layer(x, grid=grid), layer.proj(total.transpose(1, 2).flatten(2)))
 
 
 @pytest.mark.parametrize("grid", [(37,), (13, 17), (5, 7, 9)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,25 @@ def test_the_recipes_and_their_proofs() -> None:
         path, test = recipe.proof.split("::")
         assert f"def {test}(" in (root / path).read_text(), f"the proof of {name} is missing"
         assert recipe.status == "tested"
+
+
+def test_the_table_in_the_docs_says_what_the_recipes_say() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "layer.md").read_text()
+    _, _, table = text.partition("| recipe | even layers | odd layers | where this differs")
+    lines = table.partition("\n\n")[0].splitlines()[2:]
+    rows = [re.fullmatch(r"\| `(\w+)` \| ([^|]+) \| ([^|]+) \|(?: (.+))? \|", line) for line in lines]
+    assert [row and row[1] for row in rows] == NAMES
+    for row in rows:
+        assert row is not None
+        assert (row[4] or "") == recipes.get(row[1]).departures, f"docs/layer.md departs from recipe {row[1]!r}"
+        dims = recipes.get(row[1]).dims[-1]
+        even, odd = (recipes.build(row[1], 16, 4, dims=dims, layer=layer) for layer in range(2))
+        alike = (even.near_spec, even.far_spec) == (odd.near_spec, odd.far_spec)
+        assert (row[3] == "the same") == alike, f"docs/layer.md: odd layers of {row[1]!r}"
+
+
+def test_only_exact_attention_departs_from_nothing() -> None:
+    assert [name for name in NAMES if not recipes.get(name).departures] == ["dense"]
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -11,12 +11,12 @@ from torch import nn
 
 from farfield import recipes
 from farfield.attention import Attention
+from support.torchvision_stub import timm as timm_or_skip
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
-    davit = pytest.importorskip("timm.models.davit", reason="timm is not installed")
-    gcvit = pytest.importorskip("timm.models.gcvit", reason="timm is not installed")
+    timm_or_skip()
+    from timm.models import davit, gcvit, maxxvit
 
 
 def _projections(layer: Attention, other: Any, skip: int = 0) -> None:

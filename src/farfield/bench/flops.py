@@ -2,19 +2,24 @@
 
 A multiply-add is 2 FLOPs. Linear maps and convolutions are counted from the shapes that pass through them, attention
 by :mod:`farfield.bench.model` (useful pairs only). Norms, activations and interpolations are left out.
+
+A model on the meta device is counted by shapes alone: nothing is computed, and no memory is used.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from farfield.attention import Attention
 from farfield.bench.case import Case
-from farfield.bench.model import work_of
+from farfield.bench.model import is_known, work_of
 
 __all__ = ["Count", "count_flops"]
 
@@ -25,18 +30,19 @@ class Count:
 
     Attributes:
         parameters: trained numbers.
-        maps: FLOPs of linear maps and convolutions.
+        maps: FLOPs of linear maps and convolutions; None for a model on the meta device whose course depends on the
+            content (opened cells), so that shapes do not tell.
         attention: FLOPs of the attention between its projections; None when a part is not known to the cost model.
     """
 
     parameters: int
-    maps: int
+    maps: int | None
     attention: int | None
 
     @property
     def flops(self) -> int | None:
-        """All of them; None where the attention's are not known."""
-        return None if self.attention is None else self.maps + self.attention
+        """All of them; None where some are not known."""
+        return None if self.maps is None or self.attention is None else self.maps + self.attention
 
 
 def count_flops(model: nn.Module, channels: int, grid: tuple[int, ...]) -> Count:
@@ -45,8 +51,13 @@ def count_flops(model: nn.Module, channels: int, grid: tuple[int, ...]) -> Count
     Raises:
         ValueError: when the model refuses that input.
     """
+    parameters = sum(p.numel() for p in model.parameters())
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    by_shapes = next(model.parameters()).device.type == "meta"
+    if by_shapes and not all(is_known(part) for layer in attentions for part in (layer.near_spec, layer.far_spec)):
+        return Count(parameters, None, None)
     maps = 0
-    pairs: list[float | None] = []
+    met: list[tuple[Attention, Case]] = []
 
     def matrix(module: nn.Module, inputs: Any, output: Tensor) -> None:
         nonlocal maps
@@ -62,9 +73,7 @@ def count_flops(model: nn.Module, channels: int, grid: tuple[int, ...]) -> Count
         assert isinstance(module, Attention)
         spec = module.spec
         where = keywords.get("grid") or (output.shape[1],)
-        case = Case(tuple(where), heads=spec.num_heads, head_dim=spec.head_dim)
-        work = work_of(module.near_spec, module.far_spec, case)
-        pairs.append(None if work is None else work.flops(case, "forward"))
+        met.append((module, Case(tuple(where), heads=spec.num_heads, head_dim=spec.head_dim)))
 
     hooks = []
     for module in model.modules():
@@ -75,15 +84,31 @@ def count_flops(model: nn.Module, channels: int, grid: tuple[int, ...]) -> Count
         elif isinstance(module, Attention):
             hooks.append(module.register_forward_hook(attend, with_kwargs=True))
     training = model.training
-    device = next(model.parameters()).device
     try:
         model.eval()
-        with torch.no_grad():
-            model(torch.zeros(1, channels, *grid, device=device))
+        (_shapes if by_shapes else _run)(model, (1, channels, *grid))
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    known = [p for p in pairs if p is not None]
-    attention = round(sum(known)) if len(known) == len(pairs) else None
-    return Count(sum(p.numel() for p in model.parameters()), maps, attention)
+    attention: float | None = 0.0
+    for module, case in met:
+        work = work_of(module.near_spec, module.far_spec, case)
+        attention = None if work is None or attention is None else attention + work.flops(case, "forward")
+    return Count(parameters, maps, None if attention is None else round(attention))
+
+
+def _run(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """One forward pass where the model lies."""
+    with torch.no_grad():
+        model(torch.zeros(shape, device=next(model.parameters()).device))
+
+
+def _shapes(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """One forward pass of shapes: as on a CPU, since parts ask for the device, but of tensors that hold nothing."""
+    with torch.no_grad(), FakeTensorMode():
+        state = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+        }
+        functional_call(model, state, (torch.zeros(shape),))

@@ -130,15 +130,18 @@ def work_of(near: Part | None, far: Part | None, case: Case) -> Work | None:
     Raises:
         ValueError: for a part that does not fit the grid.
     """
+    if not is_known(near) or not is_known(far):
+        return None
     total = Work()
     for part in (near, far):
-        if part is None:
-            continue
-        count = _COUNTS.get(type(part))
-        if count is None or (isinstance(part, Pyramid) and part.open):  # what is opened hangs on the content
-            return None
-        total += count(part, case, near)
+        if part is not None:
+            total += _COUNTS[type(part)](part, case, near)
     return total
+
+
+def is_known(part: Part | None) -> bool:
+    """Whether the work of a part follows from the grid; what a pyramid opens hangs on the content."""
+    return part is None or (type(part) in _COUNTS and not (isinstance(part, Pyramid) and part.open > 0))
 
 
 def dense(case: Case) -> Work:

@@ -5,6 +5,7 @@ Needs the extra ``cli`` (matplotlib).
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from farfield import recipes
 from farfield.bench.plots import Looks, legend, smooth, tidy
 from farfield.bench.samples import Samples
 from farfield.bench.vision import VisionOutcome, VisionRun
+from farfield.data.examples import size_in_words
 from farfield.explain.pattern import MOST_TOKENS, Pattern, pattern
 from farfield.explain.show import STYLE, draw_grid, legend_entries
 
@@ -186,29 +189,53 @@ def _strongest(reach: Image) -> Image:
 
 
 def patterns_of(outcome: VisionOutcome) -> tuple[list[Pattern], list[str]]:
-    """Who sees whom at the first stage that can be drawn (two axes), and notes on what cannot be."""
+    """Who sees whom in the first layer that can be drawn (two axes), and notes on what cannot be.
+
+    Where the next layer of the model sees otherwise (recipes that alternate), it is drawn as well, on its own grid.
+    """
     settings = outcome.settings
     notes: list[str] = []
     found: list[Pattern] = []
-    grid = next((g for g in outcome.grids if int(np.prod(g)) <= MOST_TOKENS // 2), None)
-    if grid is None or len(grid) != 2:
-        return found, [] if grid is not None and len(grid) == 3 else ["No stage is small enough to draw who sees whom."]
+    depths = settings.model_config(settings.attentions[0], outcome.data).depths
+    grids = [grid for grid, depth in zip(outcome.grids, depths, strict=True) for _ in range(depth)]
+    first = next((layer for layer, grid in enumerate(grids) if int(np.prod(grid)) <= MOST_TOKENS // 2), None)
+    if first is None:
+        return found, ["No stage is small enough to draw who sees whom."]
+    if len(grids[first]) != 2:
+        return found, []
     for name in settings.attentions:
         try:
-            found.append(pattern(name, grid, False, **settings.recipe_options(name)))
+            found += _layers_of(name, grids, first, settings.recipe_options(name))
         except (ValueError, TypeError) as error:
             notes.append(f"There is no picture of who sees whom under {name}: {error}")
-    whole = [p.name for p in found if p.name != "dense" and bool((p.codes == 0).all())]
+    whole = [p.name for p in found if p.name != "dense" and p.grid == grids[first] and bool((p.codes == 0).all())]
     if whole:
         notes.append(
-            f"At {'x'.join(map(str, grid))} tokens, the grid of the first stage, {', '.join(whole)} see every token "
+            f"At {size_in_words(grids[first])} tokens, the grid of the first stage, {', '.join(whole)} see every token "
             "exactly, as dense does; a smaller --block, or larger images, would tell them apart."
         )
     return found, notes
 
 
+def _layers_of(name: str, grids: Sequence[tuple[int, ...]], first: int, options: Mapping[str, Any]) -> list[Pattern]:
+    """The pattern of layer ``first``, and that of the next one if there is one whose parts are others."""
+    parts = []
+    for layer in range(first, min(first + 2, len(grids))):
+        built = recipes.build(name, 16, 1, dims=2, layer=layer, **options)
+        parts.append((built.near_spec, built.far_spec))
+    if len(set(parts)) == 1:
+        return [pattern(name, grids[first], False, layer=first, **options)]
+    found = []
+    for layer in (first, first + 1):
+        grid = grids[layer]
+        where = "" if grid == grids[first] else f" ({size_in_words(grid)})"
+        one = pattern(name, grid, False, layer=layer, **options)
+        found.append(dataclasses.replace(one, name=f"{name}, layer {layer + 1}{where}"))
+    return found
+
+
 def patterns_figure(patterns: Sequence[Pattern]) -> Figure:
-    """What one query of the first stage sees in one layer, attention by attention."""
+    """What one query sees in one layer, attention by attention."""
     with rc_context(STYLE):
         across = min(4, len(patterns))
         down = -(-len(patterns) // across)
@@ -217,9 +244,9 @@ def patterns_figure(patterns: Sequence[Pattern]) -> Figure:
         figure = Figure(figsize=(side * across, (side * min(height / width, 1.6) + 0.3) * down + 0.6), dpi=130,
                         layout="constrained")  # fmt: skip
         places = figure.subplots(down, across, squeeze=False).reshape(-1)
-        query = (height // 3) * width + width // 3
         for axes, one in zip(places, patterns, strict=False):
-            draw_grid(axes, one, query)
+            rows, columns = one.grid
+            draw_grid(axes, one, (rows // 3) * columns + columns // 3)
             axes.set_title(one.name, fontsize=9)
             axes.tick_params(labelsize=7)
         for axes in places[len(patterns) :]:

@@ -218,7 +218,8 @@ def to_html(outcome: VisionOutcome, pictures: dict[str, bytes]) -> str:
             "<h2>Who sees whom</h2>",
             html.figure(
                 html.image(pictures["pattern.png"], "what a query sees"),
-                "What one query (the dot) sees in a layer of the first stage: tokens, and summaries outlined.",
+                "What one query (the dot) sees in the first layer whose grid can be drawn: tokens, and summaries "
+                "outlined. Of an attention whose layers alternate the next layer stands beside it.",
             ),
         ]
     if outcome.cost is not None and outcome.cost.points:

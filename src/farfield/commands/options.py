@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-__all__ = ["device_option", "duration", "duration_option", "in_words", "probe", "recipe_options", "words"]
+__all__ = ["device_option", "duration", "duration_option", "in_words", "lengths", "probe", "recipe_options", "words"]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smh]\s*)+")
@@ -77,6 +77,18 @@ def recipe_options(settings: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
+
+
+def lengths(text: str, option: str) -> tuple[int, ...]:
+    """(30, 48, 80) from ``30x48x80``, given to this option.
+
+    Raises:
+        ValueError: for anything but one to three positive numbers.
+    """
+    pieces = text.lower().split("x")
+    if not 1 <= len(pieces) <= 3 or not all(p.strip().isdecimal() and int(p) > 0 for p in pieces):
+        raise ValueError(f"{option} {text!r}: write one to three positive numbers, such as 128, 16x8 or 4x8x8")
+    return tuple(int(p) for p in pieces)
 
 
 def words(text: str) -> list[str]:

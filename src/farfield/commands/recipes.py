@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["recipe_rows", "recipes_command"]
 
 _COLUMNS = ("name", "title", "dims", "causal", "arXiv")
-_DETAILS = ("title", "near", "far", "merge", "cost", "dims", "causal", "citation", "proof", "status")
+_WIDE = 130
+"""Columns of a terminal from which on the list has room for the proofs."""
+_DETAILS = ("title", "near", "far", "merge", "cost", "dims", "causal", "citation", "departures", "proof", "status")
 
 
 def recipe_rows() -> list[dict[str, Any]]:
-    """What the table shows of each recipe, and what ``--json`` adds: title, dimensions, proof and options."""
+    """All about every recipe: what the list shows, what stands in full under a name, and what ``--json`` prints."""
     from farfield import recipes
 
     rows = []
@@ -36,6 +38,7 @@ def recipe_rows() -> list[dict[str, Any]]:
                 "causal": recipe.causal,
                 "status": recipe.status,
                 "citation": recipe.citation,
+                "departures": recipe.departures,
                 "proof": recipe.proof,
                 "options": recipes.options(name),
             }
@@ -45,9 +48,9 @@ def recipe_rows() -> list[dict[str, Any]]:
 
 def recipes_command(
     names: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="Show these in full.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with options and proofs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with options, departures and proofs.")] = False,
 ) -> None:
-    """List the attentions, or show some of them in full: parts, cost, citation, proof and options."""
+    """List the attentions, or show some of them in full: parts, cost, citation, departures, proof and options."""
     from farfield import recipes
 
     for name in names or ():
@@ -63,8 +66,11 @@ def recipes_command(
         for row in rows:
             console.print(_details(row))
     else:
-        console.print(_listing(rows))
-        console.print("farfield recipes NAME shows parts, cost, citation, options and proof of one.", style="dim")
+        console.print(_listing(rows, proofs=console.width >= _WIDE))
+        console.print(
+            "farfield recipes NAME shows parts, cost, citation, departures from the paper, options and proof of one.",
+            style="dim",
+        )
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
@@ -74,18 +80,20 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in {**row, **more}.items()}
 
 
-def _listing(rows: list[dict[str, Any]]) -> Table:
-    """One line for each, as far as the terminal is wide enough."""
+def _listing(rows: list[dict[str, Any]], proofs: bool) -> Table:
+    """One line for each, as far as the terminal is wide enough; on request with what the proof shows, in words."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="Attention recipes", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in _COLUMNS:
-        table.add_column(column, no_wrap=column != "title")
+    columns = (*_COLUMNS, *(("proof",) if proofs else ()))
+    for column in columns:
+        table.add_column(column, no_wrap=column not in ("title", "proof"))
     for row in rows:
         shown = _shown(row)
-        table.add_row(*(escape(shown[column]) for column in _COLUMNS))
+        shown["proof"] = row["proof"].partition("::test_")[2].replace("_", " ")
+        table.add_row(*(escape(shown[column]) for column in columns))
     return table
 
 
@@ -99,7 +107,8 @@ def _details(row: dict[str, Any]) -> Table:
     table.add_column(overflow="fold")
     shown = _shown(row)
     for name in _DETAILS:
-        table.add_row(name, escape(shown[name]))
+        if shown[name]:
+            table.add_row(name, escape(shown[name]))
     for name, default in row["options"].items():
         table.add_row(f"option {name}", escape(repr(default)))
     return table

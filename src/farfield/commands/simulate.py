@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farfield.commands.options import lengths
+
 if TYPE_CHECKING:
     from farfield.bench.simulate import Simulation
 
@@ -45,7 +47,7 @@ def simulate_command(
 
     if out is not None and out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"cannot draw to {out}; give a name that ends in .png, .svg or .pdf")
-    axes = _lengths(grid, "--grid")
+    axes = lengths(grid, "--grid")
     rows = [
         simulate(
             axes,
@@ -68,18 +70,10 @@ def simulate_command(
             typer.echo(f"drawn to {out}")
 
 
-def _lengths(text: str, option: str) -> tuple[int, ...]:
-    """(30, 48, 80) from ``30x48x80``."""
-    pieces = text.lower().split("x")
-    if not 1 <= len(pieces) <= 3 or not all(p.strip().isdecimal() and int(p) > 0 for p in pieces):
-        raise ValueError(f"{option} {text!r}: write one to three positive numbers, such as 128, 16x8 or 4x8x8")
-    return tuple(int(p) for p in pieces)
-
-
 def _sizes(text: str, option: str) -> int | tuple[int, ...]:
     """One number for all axes, or one per axis."""
-    lengths = _lengths(text, option)
-    return lengths[0] if len(lengths) == 1 else lengths
+    sides = lengths(text, option)
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _by(sizes: tuple[int, ...]) -> str:

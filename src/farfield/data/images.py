@@ -281,7 +281,8 @@ def open_images(
 
     Raises:
         FileNotFoundError: if a path names nothing.
-        ValueError: when there are no images, classes or labels as described; the message says what was found.
+        ValueError: when there are no images, classes or labels as described, or none to train on or none to test on
+            can be read; the message says what was found.
         ModuleNotFoundError: without Pillow.
     """
     _pillow()
@@ -297,6 +298,7 @@ def open_images(
         size_in_words(g): replace(found.test, grid=g) for g in dict.fromkeys((grid, *test_sizes))
     }
     mean, std = _statistics(train)
+    _some_readable(next(iter(tests.values())))
     yardsticks = {} if train.masks is not None else _guess(train, found.test)
     return VisionData(
         task="classify" if train.masks is None else "segment",
@@ -331,6 +333,9 @@ def _folder(root: Path, held_out: float, seed: int) -> _Found:
     skipped: list[str] = []
     if "train" in names and held is not None:
         classes = tuple(child.name for child in _folders(root / "train"))
+        _beside(root, ("train", held), f"train and {held}", skipped)
+        for half in ("train", held):
+            _beside(root / half, [child.name for child in _folders(root / half)], "the folders of classes", skipped)
         train = _by_class(root / "train", classes, skipped)
         unknown = [child.name for child in _folders(root / held) if child.name not in classes]
         if unknown:
@@ -343,6 +348,7 @@ def _folder(root: Path, held_out: float, seed: int) -> _Found:
                 f"{root} holds {len(classes)} folder{'s' * (len(classes) != 1)}; images by class need one folder per "
                 "class, at least two, or such folders in train/ and test/ (or val/)"
             )
+        _beside(root, classes, "the folders of classes", skipped)
         train, test = _hold_out(_by_class(root, classes, skipped), held_out, seed)
     if not train or not test:
         reasons = "; ".join(skipped[:3]) or "its folders are empty"
@@ -362,17 +368,47 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _by_class(root: Path, classes: Sequence[str], skipped: list[str]) -> list[tuple[Path, int]]:
-    found = []
+    found: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         here = root / name
+        before = len(found)
         for path in sorted(here.rglob("*")) if here.is_dir() else ():
-            if not path.is_file() or path.name.startswith("."):
+            if any(part.startswith(".") for part in path.relative_to(here).parts):
                 continue
-            if path.name.lower().endswith(SUFFIXES):
+            reason = _why_no_image(path)
+            if reason is None:
                 found.append((path, label))
-            else:
-                skipped.append(f"{path}: not the name of an image")
+            elif not path.is_dir() or path.is_symlink() or _is_named_image(path):
+                skipped.append(f"{path}: {reason}")
+        if here.is_dir() and len(found) == before:
+            skipped.append(f"{here}: a class without images")
     return found
+
+
+def _is_named_image(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _why_no_image(path: Path) -> str | None:
+    """None for a file with the name of an image."""
+    if path.is_dir():
+        return "a link to a folder, which is not followed" if path.is_symlink() else "a folder, not an image"
+    if not path.exists():
+        return "a link that leads nowhere"
+    if not path.is_file():
+        return "not a file"
+    return None if _is_named_image(path) else "not the name of an image"
+
+
+def _beside(root: Path, read: Sequence[str], what: str, skipped: list[str]) -> None:
+    """Names the images, links without an end and folders that lie beside what is read."""
+    for path in sorted(root.iterdir()):
+        if path.name in read or path.name.startswith("."):
+            continue
+        if not path.exists():
+            skipped.append(f"{path}: a link that leads nowhere")
+        elif path.is_dir() or _is_named_image(path):
+            skipped.append(f"{path}: lies beside {what}, not in one of them")
 
 
 def _hold_out(
@@ -479,6 +515,21 @@ def _default_size(source: ImageSource) -> tuple[int, int]:
             return (side, side)
         return (round(height * scale), round(width * scale))
     raise ValueError(f"none of {len(source)} images can be read; the first says {errors[0] if errors else 'nothing'}")
+
+
+def _some_readable(source: Source) -> None:
+    """Raises ValueError when no example can be read: better known before training than after it."""
+    errors = []
+    for index in range(len(source)):
+        try:
+            source.get(index)
+        except BadExample as error:
+            errors.append(str(error))
+        else:
+            return
+    raise ValueError(
+        f"none of {len(source)} images to test on can be read; the first says {errors[0] if errors else 'nothing'}"
+    )
 
 
 def _statistics(source: ImageSource) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -102,6 +102,12 @@ def configure(model: Any, recipe: str = "fma2d", **options: Any) -> Any:
         TypeError: for an option that the recipe does not have.
     """
     everything = grid_options(recipe, options)
+    if any(kind.__name__ == "NaFlexVit" for kind in type(model).__mro__):
+        raise ValueError(
+            f"{type(model).__name__}: its images have sizes of their own within a batch, laid out as sequences of "
+            "patches with padding and a mask, so there is no one grid for a recipe; a VisionTransformer with "
+            "dynamic_img_size=True reads any size, one per batch"
+        )
     layers = {name: m for name, m in model.named_modules() if type(m) is Attention or isinstance(m, FarfieldAttention)}
     if not layers:
         found = sorted({type(m).__name__ for m in model.modules() if "Att" in type(m).__name__}) or ["none"]
@@ -164,6 +170,33 @@ class TimmModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, classes]`."""
         return self.forward_head(self.forward_features(x))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether gradients compute every block again instead of keeping what it held."""
+        self.backbone.checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of all parameters but weights of linear maps and convolutions.
+
+        By module and not by shape, as timm would: positions, and biases per level and head, are matrices by shape only.
+        """
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        decaying = {id(module.weight) for module in self.modules() if isinstance(module, kinds)}
+        return {name for name, parameter in self.named_parameters() if id(parameter) not in decaying}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns by which timm orders parameters into layers: the stem, then blocks (or stages, when coarse).
+
+        The step to the next stage and the norm of a stage's map belong to the stage's last block; the head comes last.
+        """
+        after = (99999,)  # timm's word for "with the group before"
+        blocks: Any = [
+            (r"^backbone\.stages\.(\d+)\.(\d+)", None),
+            (r"^backbone\.(?:steps|norms)\.(\d+)", after),
+        ]
+        if coarse:
+            blocks = r"^backbone\.(?:stages|steps|norms)\.(\d+)"
+        return {"stem": r"^backbone\.(?:stem|place)\.", "blocks": blocks}
 
     def get_classifier(self) -> nn.Module:
         """The last linear map."""

@@ -24,5 +24,9 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=False,
     proof="tests/recipes/test_agent.py::test_equals_the_two_matrix_product",
+    departures=(
+        "left out are the positional biases of both softmaxes, which fix the grid, and with them the class "
+        "token's; where agents do not divide the grid, neighbouring cells share tokens"
+    ),
     parts=_parts,
 )

@@ -23,5 +23,6 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=True,
     proof="tests/recipes/test_blocks.py::test_sees_exactly_the_adjacent_blocks",
+    departures="an ablation: the near field of `fma` without the far field",
     parts=_parts,
 )

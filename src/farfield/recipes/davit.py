@@ -24,5 +24,10 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=False,
     proof="tests/recipes/test_davit.py::test_equals_attention_over_transposed_heads",
+    departures=(
+        "scores between channels are divided by the root of the number of tokens and values are mixed, as in the "
+        "second version; the first divided by the root of the channels though it sums over tokens, and mixed "
+        "what it called queries; the convolutions before both attentions (CPE) belong to the model's block"
+    ),
     parts=_parts,
 )

@@ -10,8 +10,7 @@ __all__ = ["RECIPE"]
 
 
 def _parts(setting: Setting, cell: int = 4, every: int = 200, summary: str = "mean") -> Parts:
-    # Key frames are evenly spaced instead of chosen by k-means, as many and frame 0 among them. A bilinear resize by
-    # 1 / cell reads 4 tokens of a cell; the mean reads all. Frames are pooled one by one.
+    # Frames are pooled one by one.
     return Parts(near=Anchors(every), far=Pooled((1, cell, cell), summary=summary), merge="softmax")
 
 
@@ -26,5 +25,11 @@ RECIPE = Recipe(
     dims=(3,),
     causal=False,
     proof="tests/recipes/test_flashvggt.py::test_equals_one_softmax_over_key_frames_and_descriptors",
+    departures=(
+        "in 3-D only, as frames are what it pools and keeps; key frames are evenly spaced instead of chosen by "
+        "k-means, as many and frame 0 among them; pooled by means, where a bilinear resize reads 4 tokens of a "
+        "cell; left out are the camera and register tokens of a frame and the attention within frames between "
+        "these layers"
+    ),
     parts=_parts,
 )

@@ -65,5 +65,11 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=True,
     proof="tests/recipes/test_fma.py::test_equals_the_reference_engine",
+    departures=(
+        "summaries have weights that all levels share, so that any length works; the paper's, "
+        '`summary="learned"`, fix the length; that a summary counts as its tokens is an option in released code, '
+        "and which tables used it is not said; the bias per level and head that lets the far field start quiet "
+        "is farfield's; zeros that released causal kernels leave in the normaliser are left out"
+    ),
     parts=_parts,
 )

@@ -27,8 +27,7 @@ def _parts(
     rest: str = Pyramid.rest,
     choose: str = Pyramid.choose,
 ) -> Parts:
-    # Without the options of sequences (sinks, rotation). How the paper weighs summaries in 2-D is not published; here
-    # it is as in 1-D.
+    # Without the options of sequences (sinks, rotation).
     far = Pyramid(
         rank,
         summary=summary,
@@ -59,5 +58,10 @@ RECIPE = Recipe(
     dims=(2,),
     causal=False,
     proof="tests/recipes/test_fma2d.py::test_equals_the_quadtree_walked_by_hand",
+    departures=(
+        "how the paper makes and weighs summaries in 2-D is not published, nor how it comes to linear cost; here "
+        "both are as in 1-D: weights that all levels share, a summary counts as its tokens, a bias per level and "
+        "head"
+    ),
     parts=_parts,
 )

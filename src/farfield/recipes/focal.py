@@ -21,8 +21,6 @@ def _parts(
     reach: int | tuple[int, ...] = 3,
     summary: str = "learned",
 ) -> Parts:
-    # The released code gathers the ring by rolling the image, which repeats corners; here the window has its ring once,
-    # and at the borders of the image it moves inside instead of shrinking. Biases by offset are kept for cells only.
     sides = (size,) * setting.dims if isinstance(size, int) else size
     far = Pooled(size, reach=reach, summary=summary, bias=True)
     if setting.causal:
@@ -42,5 +40,10 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=True,
     proof="tests/recipes/test_focal.py::test_equals_one_softmax_over_ring_and_pooled_windows",
+    departures=(
+        "one pooled level, as in the released models, with one `reach` for all stages; the ring is gathered once "
+        "instead of by rolling, which repeats corners, and at the borders window and ring move inside; no bias "
+        "by offset within them, only between cells"
+    ),
     parts=_parts,
 )

@@ -10,7 +10,6 @@ __all__ = ["RECIPE"]
 
 
 def _parts(setting: Setting, size: int | tuple[int, ...] = 7, bias: bool = True) -> Parts:
-    # Copies of the released code give an image in a batch the queries of another one; here each has its own.
     if setting.layer % 2 == 0:
         return Parts(near=Partition(size, bias=bias))
     return Parts(near=GlobalQueries(size, bias=bias))
@@ -27,5 +26,10 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=False,
     proof="tests/recipes/test_gcvit.py::test_equals_a_loop_over_windows_with_shared_queries",
+    departures=(
+        "global queries are made in every odd layer from the queries of its tokens, the paper makes them once "
+        "per stage from the stage's input; one pooling to a tile instead of repeated halving, so that any grid "
+        "works; every image of a batch has its own, which copies of the released code mix up"
+    ),
     parts=_parts,
 )

@@ -13,8 +13,6 @@ _SIZE: Any = ByDims(64, 14, 8)
 
 
 def _parts(setting: Setting, size: int | tuple[int, ...] = _SIZE) -> Parts:
-    # The paper filters the block's input as it is; here the layer's projections of values and outputs stand around it,
-    # and those of queries and keys have no effect.
     return Parts(far=Spectrum(size))
 
 
@@ -29,5 +27,10 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=False,
     proof="tests/recipes/test_gfnet.py::test_equals_a_circular_convolution_written_out",
+    departures=(
+        "on another grid the kernel keeps its lags; released code interpolates frequencies without their wrap; "
+        "the layer's projections of values and outputs stand around the filter, which has none in the paper, and "
+        "those of queries and keys have no effect"
+    ),
     parts=_parts,
 )

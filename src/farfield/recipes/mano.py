@@ -16,8 +16,7 @@ def _parts(
     levels: int | None = None,
     sampling: str = "learned",
 ) -> Parts:
-    # Ports of the code average the outputs of overlapping windows; here windows do not overlap. Their number of levels
-    # ends at a grid of one cell; here at the first grid that one window holds, after which nothing new is seen.
+    # More levels than it takes until one window holds a grid would show nothing new.
     return Parts(
         near=Window(size, stride=size), far=Multigrid(size, rate, levels=levels, sampling=sampling), merge="sum"
     )
@@ -33,6 +32,12 @@ RECIPE = Recipe(
     cost="n·size·(1 + 1/rate + ...) per axis",
     dims=(1, 2, 3),
     causal=False,
-    proof="tests/recipes/test_mano.py::test_equals_the_sum_of_explicit_levels",
+    proof="tests/recipes/test_mano.py::test_learned_sampling_equals_strided_convolutions",
+    departures=(
+        "windows do not overlap, where ports of the code average overlapping ones; sampling has weights per "
+        "channel, on queries, keys and values, instead of a convolution that mixes channels of the input; levels "
+        "end at the first grid that one window holds, in ports at `rate` cells per axis; how fast coarse levels "
+        "fade is as in ports, whose second LayerNorm is left out"
+    ),
     parts=_parts,
 )

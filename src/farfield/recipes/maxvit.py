@@ -9,7 +9,6 @@ __all__ = ["RECIPE"]
 
 
 def _parts(setting: Setting, size: int | tuple[int, ...] = 7, bias: bool = True) -> Parts:
-    # The convolution before the two (MBConv) belongs to the model's block, not to its attention.
     return Parts(near=Partition(size, spread=setting.layer % 2 == 1, bias=bias))
 
 
@@ -24,5 +23,8 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=False,
     proof="tests/recipes/test_maxvit.py::test_grid_attention_is_block_attention_of_permuted_pixels",
+    departures=(
+        "images that do not divide get smaller tiles; the convolution before them (MBConv) belongs to the model's block"
+    ),
     parts=_parts,
 )

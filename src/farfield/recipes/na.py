@@ -9,7 +9,6 @@ __all__ = ["RECIPE"]
 
 
 def _parts(setting: Setting, size: int | tuple[int, ...] = 7) -> Parts:
-    # Without the relative position bias of the first paper: the operator dropped it when it was fused.
     return Parts(near=Window(size))
 
 
@@ -24,5 +23,6 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=True,
     proof="tests/recipes/test_na.py::test_every_query_reads_its_nearest_neighbours",
+    departures="no bias by offset: the fused operators of NATTEN dropped it, too",
     parts=_parts,
 )

@@ -76,6 +76,9 @@ class Recipe:
         proof: id of the test that proves it right.
         parts: `parts(setting, **options) -> Parts`; its keyword arguments are the recipe's options. A default may be a
             :class:`ByDims`; the function is given its value.
+        departures: where this differs from the paper or its released code, and why: the reading that was chosen where
+            the two disagree or leave something open, and what is left out. Empty when there is nothing to say.
+            docs/layer.md repeats it, and a test compares.
         status: "tested" when the proof runs in the suite.
     """
 
@@ -90,6 +93,7 @@ class Recipe:
     causal: bool
     proof: str
     parts: Callable[..., Parts]
+    departures: str = ""
     status: str = "tested"
 
     def options(self, dims: int | None = None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ _SIZE: Any = ByDims(64, 16, 8)
 
 
 def _parts(setting: Setting, size: int | tuple[int, ...] = _SIZE, count: int = 3) -> Parts:
-    # Tiles do not overlap, so that there is nothing to average on their seams.
     return Parts(near=Partition(size), far=Relay(size, count), merge="softmax")
 
 
@@ -29,5 +28,10 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=False,
     proof="tests/recipes/test_relay.py::test_equals_three_softmaxes_written_out",
+    departures=(
+        "relays are made from their tile in every layer; the paper's live through all layers, with adapted "
+        "weights and rotary positions of their own; tiles do not overlap, so that there is nothing to average on "
+        "their seams"
+    ),
     parts=_parts,
 )

@@ -15,9 +15,6 @@ _CELL: Any = ByDims(8, 4, 2)
 def _parts(
     setting: Setting, cell: int | tuple[int, ...] = _CELL, rank: int | None = 1, summary: str = "learned"
 ) -> Parts:
-    # No code was released. The paper's text says that keys and values are reduced in space by a convolution, queries
-    # and keys in channels; that one channel per head is meant is read from the word strip. The convolutions around the
-    # attention belong to the model's block.
     return Parts(far=Pooled(cell, summary=summary, rank=rank))
 
 
@@ -32,5 +29,9 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=False,
     proof="tests/recipes/test_s2a.py::test_scores_have_the_rank_and_the_limit_is_exact",
+    departures=(
+        'no code was released; that "strip" means one channel per head, and that a convolution as large as a cell '
+        "pools it, are readings of the text; the convolutions around the attention belong to the model's block"
+    ),
     parts=_parts,
 )

@@ -20,8 +20,6 @@ def _parts(
     cell: int | tuple[int, ...] = _CELL,
     reach: int | tuple[int, ...] | None = None,
 ) -> Parts:
-    # In the paper the low-resolution tokens are a stream of their own beside text; here they are means of the image's
-    # own keys and values. Of a large copy a window reads the part that lies over it; here reach bounds it.
     return Parts(near=Partition(size), far=Pooled(cell, reach=reach), merge="softmax")
 
 
@@ -36,5 +34,10 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=False,
     proof="tests/recipes/test_scale_dit.py::test_equals_one_softmax_over_window_and_low_resolution",
+    departures=(
+        "the copy is made of means of the image's own keys and values, not of a stream of its own; left out are "
+        "the text tokens and the adapted weights of the copy; of a large copy a window reads what `reach` allows "
+        "instead of the part that lies over it"
+    ),
     parts=_parts,
 )

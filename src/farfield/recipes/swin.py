@@ -10,7 +10,6 @@ __all__ = ["RECIPE"]
 
 
 def _parts(setting: Setting, size: int | tuple[int, ...] = 7, bias: bool = True) -> Parts:
-    # The released code pads images that do not divide, and lets the padding be seen. Here border windows are smaller.
     halves = tuple(side // 2 for side in integers(size, "size"))
     shift = halves if isinstance(size, tuple) else halves[0]
     return Parts(near=Partition(size, shift=shift if setting.layer % 2 else 0, bias=bias))
@@ -27,5 +26,6 @@ RECIPE = Recipe(
     dims=(1, 2, 3),
     causal=True,
     proof="tests/recipes/test_swin.py::test_equals_the_cyclic_shift_with_its_mask",
+    departures="images that do not divide get smaller border tiles; released code pads, and the padding is seen",
     parts=_parts,
 )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from farfield import recipes
 from farfield.models.seeding import seeded
@@ -43,6 +44,9 @@ class Backbone(nn.Module):
     Args:
         config: the architecture.
         seed: of the initial parameters.
+
+    Attributes:
+        checkpointing: whether gradients compute every block again instead of keeping what it held. Off at first.
     """
 
     mean: Tensor
@@ -51,6 +55,7 @@ class Backbone(nn.Module):
     def __init__(self, config: VisionConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         residual_std = 0.02 / math.sqrt(2 * sum(config.depths))
         for name, values, fill in (("mean", config.mean, 0.0), ("std", config.std, 1.0)):
             self.register_buffer(name, torch.tensor(values or (fill,) * config.channels), persistent=False)
@@ -98,7 +103,10 @@ class Backbone(nn.Module):
             flat = tokens.flatten(2).transpose(1, 2)
             keys = None if mask is None else mask.flatten(1)
             for block in blocks:
-                flat = block(flat, grid, keys)
+                if self.checkpointing and torch.is_grad_enabled():
+                    flat = checkpoint(block, flat, grid, keys, use_reentrant=False)
+                else:
+                    flat = block(flat, grid, keys)
             # Hidden tokens hold nothing that a convolution could carry to their neighbours.
             tokens = hide(flat.transpose(1, 2).unflatten(2, grid), mask)
             normed = norm(flat).transpose(1, 2).unflatten(2, grid)

@@ -153,8 +153,12 @@ def _run(config: Config) -> dict[str, int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Products of float32 use tf32 only where torch may, too."""
-    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """Products of float32 use tf32 only where torch may, too.
+
+    Both of torch's ways of allowing it (fp32_precision and the older set_float32_matmul_precision, allow_tf32) can be
+    read here, while get_float32_matmul_precision raises once the newer one was used.
+    """
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def forward(s: Settings, tensors: Tensors) -> tuple[Tensor, Tensor]:
