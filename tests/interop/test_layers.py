@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from farfield.far import Pyramid  # noqa: E402
 from farfield.interop.transformers import StreamCache, configure, load, register  # noqa: E402
 from farfield.interop.transformers.layers import check, group_of  # noqa: E402
+from farfield.interop.transformers.streams import ARGUMENT  # noqa: E402
 from support.tiny_models import answer, make, tokens  # noqa: E402 (needs what was checked above)
 
 register()
@@ -70,7 +71,7 @@ def test_a_cache_gives_what_a_prefill_gives(entry: Any, background: Any) -> None
             seen = mask[:, :stop]
             position = (seen.cumsum(-1) - 1).clamp(min=0)
             given = {"attention_mask": seen, "position_ids": position[:, start:]}
-            cached = model(ids[:, start:stop], past_key_values=cache, **given).logits[:, -1]
+            cached = model(ids[:, start:stop], **{ARGUMENT: cache}, **given).logits[:, -1]
             given["position_ids"] = position
             whole = model(ids[:, :stop], use_cache=False, **given).logits[:, -1]
             torch.testing.assert_close(cached, whole, rtol=0, atol=2e-5 * whole.abs().max().item())
@@ -90,7 +91,7 @@ def test_decode_states_repeat_a_shared_choice() -> None:
     model, ids = converted(some, "dense", [], background=background), tokens(2, 40)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, use_cache=False, **options)
-    assert torch.equal(model.generate(ids, past_key_values=StreamCache(model), **options), expected)
+    assert torch.equal(model.generate(ids, **{ARGUMENT: StreamCache(model)}, **options), expected)
 
 
 def test_groups_hold_what_differs_from_the_defaults() -> None:

@@ -45,7 +45,7 @@ PACKED = theirs.find_packed_sequence_indices(POSITIONS)
 
 
 def packed(function: Any) -> Any:
-    return theirs.packed_sequence_compatibility_function(function, POSITIONS, PACKED)
+    return theirs.and_masks(theirs.packed_sequence_mask_function(PACKED), function)
 
 
 CASES: dict[str, tuple[Any, bool, int | None, dict[str, Any]]] = {

@@ -10,6 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
 from farfield.interop.transformers import StreamCache, configure, register  # noqa: E402
+from farfield.interop.transformers.streams import ARGUMENT  # noqa: E402
 from support.tiny_models import make, tokens  # noqa: E402 (needs what was checked above)
 
 register()
@@ -35,7 +36,7 @@ def stepped(model: Any, ids: torch.Tensor, cache: Any, sizes: tuple[int, ...], *
         size = sizes[min(len(outs), len(sizes) - 1)]
         given = {} if mask is None else {"attention_mask": mask[:, : done + size]}
         with torch.no_grad():
-            outs.append(model(ids[:, done : done + size], past_key_values=cache, use_cache=True, **given).logits)
+            outs.append(model(ids[:, done : done + size], use_cache=True, **{ARGUMENT: cache}, **given).logits)
         done += size
     return torch.cat(outs, 1)
 
@@ -79,7 +80,7 @@ def test_generate(beams: int) -> None:
         "attention_mask": LEFT,
     }
     expected = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, past_key_values=StreamCache(model), **options), expected)
+    assert torch.equal(model.generate(ids, **{ARGUMENT: StreamCache(model)}, **options), expected)
 
 
 def test_crop_takes_tokens_back() -> None:
@@ -101,7 +102,7 @@ def test_assisted_generation() -> None:
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, **options)
     cache = StreamCache(model, rewind=8)
-    assert torch.equal(model.generate(ids, past_key_values=cache, assistant_model=small(), **options), expected)
+    assert torch.equal(model.generate(ids, assistant_model=small(), **{ARGUMENT: cache}, **options), expected)
 
 
 def test_crop_of_nothing() -> None:
@@ -147,7 +148,7 @@ def test_refusals() -> None:
     cache = StreamCache(model)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="only farfield's attention reads it"):
-        model(ids, past_key_values=cache)
+        model(ids, **{ARGUMENT: cache})
     model.set_attn_implementation("farfield")
     with pytest.raises(ValueError, match="keeps no gradients"):
-        model(ids, past_key_values=StreamCache(model))
+        model(ids, **{ARGUMENT: StreamCache(model)})

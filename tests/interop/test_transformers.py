@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 import farfield as ff  # noqa: E402
 from farfield.interop.transformers import configure, load, register  # noqa: E402
+from farfield.interop.transformers.streams import ARGUMENT  # noqa: E402
 from support.tiny_models import DECODERS, SIZES, answer, make, tokens  # noqa: E402 (needs what was checked above)
 
 register()
@@ -92,7 +93,7 @@ def test_a_cache_gives_what_a_prefill_gives(recipe: str) -> None:
             seen = mask[:, :stop]
             position = (seen.cumsum(-1) - 1).clamp(min=0)
             cached = model(
-                ids[:, start:stop], attention_mask=seen, position_ids=position[:, start:], past_key_values=cache
+                ids[:, start:stop], attention_mask=seen, position_ids=position[:, start:], **{ARGUMENT: cache}
             ).logits
             whole = model(ids[:, :stop], attention_mask=seen, position_ids=position, use_cache=False).logits
             close(cached[:, -1], whole[:, -1])

@@ -11,6 +11,7 @@ from torch import Tensor
 from farfield.attention import ReadyAttention
 from farfield.far import ByHead, Pyramid
 from farfield.interop.transformers.padding import align, aligned
+from farfield.interop.transformers.streams import ARGUMENT
 from farfield.near import Blocks, Dense, Window
 from farfield.ops.multipole import multipole_rows
 from farfield.parts import Inputs, repeat_heads
@@ -72,7 +73,7 @@ def _check_choice(far: object) -> None:
         raise ValueError(
             "a step with a cache of keys, in a layer whose cells are opened by a choice that hangs on earlier queries "
             f"(share={max(p.share for p in opened)}, recent={max(p.recent for p in opened)}), and a cache of keys does "
-            "not hold queries. Pass past_key_values=StreamCache(model) or use_cache=False, or use share=1, recent=0"
+            f"not hold queries. Pass {ARGUMENT}=StreamCache(model) or use_cache=False, or use share=1, recent=0"
         )
 
 

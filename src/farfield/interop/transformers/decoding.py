@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from farfield.interop.transformers.streams import StreamCache
+from farfield.interop.transformers.streams import ARGUMENT, StreamCache
 
 __all__ = ["Decoding", "decode"]
 
@@ -61,7 +61,7 @@ def decode(models: Sequence[Any], ids: Tensor, tokens: int) -> list[Decoding]:
     found = [Decoding(length) for _ in models]
     for model, cache in zip(models, caches, strict=True):
         device = next(model.parameters()).device
-        model.base_model(ids[None, :length].to(device), past_key_values=cache, use_cache=True)
+        model.base_model(ids[None, :length].to(device), use_cache=True, **{ARGUMENT: cache})
     for step in range(WARM + tokens):
         at = length + step
         for model, cache, result in zip(models, caches, found, strict=True):
@@ -69,7 +69,7 @@ def decode(models: Sequence[Any], ids: Tensor, tokens: int) -> list[Decoding]:
             token = ids[None, at : at + 1].to(device)
             _wait(device)
             start = time.perf_counter()
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, use_cache=True, **{ARGUMENT: cache})
             _wait(device)
             if step >= WARM:
                 result.seconds.append(time.perf_counter() - start)

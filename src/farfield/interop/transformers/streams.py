@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,12 +10,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation import GenerationMixin
 
 from farfield.attention import ReadyAttention
 from farfield.parts import Inputs
 from farfield.streaming import Decoder, StreamSpec, StreamState
 
-__all__ = ["StreamCache", "StreamLayer", "stream_of"]
+__all__ = ["ARGUMENT", "StreamCache", "StreamLayer", "stream_of"]
+
+ARGUMENT = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+"""How models and `generate` call the cache that they are given: "cache", in older Transformers "past_key_values"."""
 
 _MARK = "_farfield_stream"
 """Transformers does not hand its cache to the attention function: the keys that come out of it carry their layer's."""
@@ -134,7 +143,9 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class StreamCache(Cache):  # type: ignore[misc]
-    """Decode states of all layers, for `model(..., past_key_values=cache)` and `model.generate(past_key_values=cache)`.
+    """Decode states of all layers, for `model(..., cache=cache)` and `model.generate(..., cache=cache)`.
+
+    Older Transformers call the argument `past_key_values` (:data:`ARGUMENT` is its name here).
 
     Memory and time per token are those of the recipe's stream (docs/streaming.md): with fma they grow by one level
     when the context doubles. A step gives what a prefill would. One cache serves one sequence or batch; rows may be
