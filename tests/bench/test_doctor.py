@@ -7,6 +7,7 @@ import pytest
 
 from farfield.bench import doctor
 from farfield.ops.multipole import ENGINES
+from farfield.ops.multipole.triton import tuning
 
 
 def test_every_engine_and_peer_is_told_about() -> None:
@@ -20,6 +21,13 @@ def test_every_engine_and_peer_is_told_about() -> None:
     assert "torch" in facts["versions"] and facts["versions"]["farfield"]
     assert facts["machine"]["threads"] >= 1
     assert facts["devices"][0]["name"] == "cpu"
+
+
+def test_the_switch_of_tuning_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuning.SWITCH, raising=False)
+    assert tuning.SWITCH not in doctor.examine()["environment"]
+    monkeypatch.setenv(tuning.SWITCH, "0")
+    assert doctor.examine()["environment"][tuning.SWITCH] == "0"
 
 
 def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

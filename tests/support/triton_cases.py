@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farfield.bench import budget
 from farfield.geometry import geometry
 from farfield.ops.multipole.summary import pack, unpack
 from support.multipole_cases import Case, make_summary, tensors
-
-Run = tuple[Tensor, Tensor, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -58,43 +57,22 @@ def to(case: Case, dtype: torch.dtype, device: str = "cpu") -> Case:
     return Case(case.shape, move(case.query), move(case.key), move(case.value), summary, bias, options)
 
 
-def gradients(case: Case, impl: str) -> Run:
-    """Output, lse and the gradients of one random functional of both, the same in every precision."""
-    out, lse = case.run(impl=impl)
-    generator = torch.Generator().manual_seed(1)
-    of_out, of_lse = (
-        torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.device, x.dtype) for x in (out, lse)
-    )
-    loss = (out * of_out).sum() + (torch.where(lse > -torch.inf, lse, 0.0) * of_lse).sum()
-    grads = torch.autograd.grad(loss, case.leaves, allow_unused=True)
-    return out, lse, [torch.zeros_like(x) if g is None else g for g, x in zip(grads, case.leaves, strict=True)]
+def gradients(case: Case, impl: str) -> list[Tensor]:
+    """Output, lse and every gradient by an engine, or by ``"plain"`` torch in the case's own precision."""
+    tensors = {"query": case.query, "key": case.key, "value": case.value}
+    if impl == "plain":
+        return budget.gradients(lambda: budget.plain_attention(**tensors, **case.keywords()), case.leaves)
+    return budget.gradients(lambda: case.run(impl=impl), case.leaves)
 
 
-def error(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the error relative to that of the truth; infinite where one is no number."""
-    got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
-    same = got == wanted  # two empty rows' lse
-    difference = torch.where(same, 0.0, got - wanted)
-    if not torch.isfinite(difference).all():
-        return float("inf")
-    size = torch.where(torch.isfinite(wanted), wanted, 0.0).square().mean().sqrt().item() if wanted.numel() else 0.0
-    rms = difference.square().mean().sqrt().item() if wanted.numel() else 0.0
-    return rms / max(size, 1e-3)
-
-
-def assert_close(got: Run, wanted: Run, bounds: list[float]) -> None:
-    """``bounds``: of output, lse, then every gradient."""
-    pairs = zip((got[0], got[1], *got[2]), (wanted[0], wanted[1], *wanted[2]), bounds, strict=True)
-    for place, (a, b, bound) in enumerate(pairs):
-        assert error(a, b) <= bound, f"tensor {place}: error {error(a, b):.1e} above {bound:.1e}"
-
-
-def budget(case: Case, dtype: torch.dtype, truth: Run) -> list[float]:
-    """Twice the error of plain torch in the same precision, three times for gradients."""
-    plain = gradients(to(case, dtype), "reference")
-    floor = torch.finfo(dtype).eps
-    out, lse = (max(2 * error(a, b), floor) for a, b in zip(plain[:2], truth[:2], strict=True))
-    return [out, lse, *(max(3 * error(a, b), floor) for a, b in zip(plain[2], truth[2], strict=True))]
+def assert_within_budget(case: Case, impl: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The error of an engine in ``dtype`` against float64, beside that of plain torch in the same precision."""
+    low = to(case, dtype, device)
+    truth = gradients(to(low, torch.float64, device), "reference")
+    got, plain = (gradients(low, name) for name in (impl, "plain"))
+    assert [(x.dtype, x.shape) for x in got] == [(x.dtype, x.shape) for x in plain]
+    verdict = budget.judge(got, plain, truth)
+    assert verdict.right, verdict
 
 
 SHAPES = {
@@ -106,6 +84,7 @@ SHAPES = {
     "image": Shape((18, 3), (4, 4), (2, 2)),
     "image, odd": Shape((13, 6), (3, 4), (1, 2), "shared", masked=0.3),
     "volume": Shape((5, 2, 3), (2, 2, 2), (1, 1, 2), "shared"),
+    "deep volume": Shape((10, 3, 3), (2, 2, 2), (1, 1, 2), "shared"),
     "pooled": Shape((70,), 16, 4, "pooled", options={"causal": True}),
     "learned": Shape((70,), 16, 4, "learned", heads=(2, 1), options={"causal": True}),
     "given": Shape((70,), 16, 4, "given", options={"causal": True}),

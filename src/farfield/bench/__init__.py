@@ -7,6 +7,7 @@
 - ``sweep``: any recipe beside others and beside peers, on ready queries, keys and values (``farfield bench``);
 - ``case``, ``subjects``, ``peers``: on what, and what is measured there;
 - ``model``, ``ceilings``: useful FLOPs, bytes and least time, and what the machine reaches at best;
+- ``budget``: how far from the truth a result in low precision may be;
 - ``timing``, ``machine``, ``doctor``: clocks and forecasts, what a number depends on, what an issue report needs;
 - ``plots``, ``tables``, ``html``, ``page``, ``report``, ``sweep_report``: figures, the terminal's tables, pages, files.
 

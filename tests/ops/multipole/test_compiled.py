@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import farfield as ff
+from farfield.bench import budget
 from farfield.geometry import geometry
 from farfield.ops.compiled import build
 from farfield.ops.multipole.engines import Request, can_run
@@ -71,6 +72,20 @@ def test_as_good_as_the_torch_engine(case: Case) -> None:
 @given(cases(most_tokens=330, dims=(1,)))
 def test_deep_trees(case: Case) -> None:
     within_budget(case)
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_as_good_as_plain_torch_in_bfloat16(case: Case) -> None:
+    """The same calls, beside the dense definition with every step rounded to bfloat16."""
+    low = convert(case, torch.bfloat16)
+    true = convert(low, torch.float64)
+    inputs = {"query": low.query, "key": low.key, "value": low.value}
+    got = budget.gradients(lambda: low.run(impl="compiled"), low.leaves)
+    plain = budget.gradients(lambda: budget.plain_attention(**inputs, **low.keywords()), low.leaves)
+    truth = budget.gradients(lambda: true.run(impl="reference"), true.leaves)
+    verdict = budget.judge(got, plain, truth)
+    assert verdict.right, verdict
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

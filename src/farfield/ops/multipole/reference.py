@@ -57,6 +57,11 @@ def adjacent(a: Tensor, b: Tensor) -> Tensor:
     return ((a[:, None] - b[None]).abs() <= 1).all(-1)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _row_major(index: Tensor, sizes: tuple[int, ...]) -> Tensor:
     flat = torch.zeros_like(index[..., 0])
     for a, n in enumerate(sizes):
@@ -213,7 +218,9 @@ def weights(
     key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     is_sink = torch.arange(number, device=query.device) < sinks
     levels = shape.levels if part != "near" else 0
-    keys, values, counts = summaries(summary, where, key, value, valid & ~is_sink, levels)
+    wide = _wide(key.dtype)  # counts and sums over cells are exact in no half precision
+    keys, values, counts = summaries(summary, where, key.to(wide), value.to(wide), valid & ~is_sink, levels)
+    keys, values = ([x.to(key.dtype) for x in side] for side in (keys, values))
     seen = near_visible(where, causal) & ~is_sink
     always = is_sink[None].expand(number, number)
     if causal:
@@ -229,7 +236,7 @@ def weights(
         s = scale * q @ keys[level - 1].repeat_interleave(repeat, 1).mT
         count = counts[level - 1][:, None, None, :]
         if count_bias:
-            s = s + count.clamp(min=1).log()
+            s = s + count.clamp(min=1).log().to(s.dtype)
         if level_bias is not None:
             s = s + level_bias[level - 1].to(s.dtype)[None, :, None, None]
         visible = far_visible(where, level, levels, causal)[None, None] & (count > 0)
@@ -237,7 +244,9 @@ def weights(
     joined = torch.cat(scores, -1)
     dead = (joined == -torch.inf).all(-1, keepdim=True)
     soft = torch.softmax(joined.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
-    lse = torch.logsumexp(joined.masked_fill(dead, 0.0), -1).masked_fill(dead[..., 0], -torch.inf)
+    lse = torch.logsumexp(joined.masked_fill(dead, 0.0).to(_wide(joined.dtype)), -1).masked_fill(
+        dead[..., 0], -torch.inf
+    )
     parts = list(soft.split([s.shape[-1] for s in scores], -1))
     return Weights(parts[0], parts[1:], lse, [v.repeat_interleave(repeat, 1) for v in values], scores[0], scores[1:])
 
@@ -262,11 +271,16 @@ def attention(
     summary: Summary,
     level_bias: Tensor | None,
     part: str,
+    plain: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N], from the normalised arguments of a call."""
+    """Output [B, Hq, N, D] in the dtype of the query and lse [B, Hq, N], from the normalised arguments of a call.
+
+    Half precision is computed in float32; ``plain`` rounds scores, weights, summaries and gradients to the dtype of the
+    query, as torch's operators do one by one: what error budgets are measured by.
+    """
     dtype = query.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        query, key, value = query.float(), key.float(), value.float()
+    if not plain:
+        query, key, value = (x.to(_wide(dtype)) for x in (query, key, value))
     options: dict[str, Any] = {
         "causal": causal,
         "scale": scale,

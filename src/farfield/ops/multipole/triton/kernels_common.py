@@ -11,6 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+BY_LENGTH = (
+    "number", "total", "blocks", "cells", "levels", "near_width", "far_width", "sink_width", "rows", "pieces",
+    "programs", "exact_cells", "exact_first", "out_rows", "mask_batch", "count_batch",
+)  # fmt: skip
+"""Arguments that vary with the length. Triton would compile a kernel anew whenever one becomes 1 or a multiple of 16,
+which gains nothing here: addresses that are to be read in wide loads are multiples of the head width. Strides of query,
+key and value stay out of the list, since the width of the loads depends on them."""
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 

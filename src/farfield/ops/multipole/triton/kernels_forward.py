@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from farfield.ops.multipole.triton.kernels_common import (
+    BY_LENGTH,
     LN2,
     LOG2E,
     cell_bias,
@@ -20,7 +21,7 @@ from farfield.ops.multipole.triton.kernels_common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_LENGTH)
 def attend(
     query, key, value, cell_key, cell_value, counts, level_bias, out, lse,
     near, near_count, far, far_count, level_of_row, sink_slots, sink_set, token_of_slot, shown, valid,

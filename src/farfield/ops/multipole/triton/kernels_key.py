@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from farfield.ops.multipole.triton.kernels_common import (
+    BY_LENGTH,
     LOG2E,
     cell_bias,
     load_rows,
@@ -53,7 +54,7 @@ def add_from_cells(tile, grads, cell, child, counts, leaf, inside, SHARED: tl.co
     return tile + part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_LENGTH)
 def grad_blocks(
     query, key, value, grad_out, base, delta, grad_key, grad_value,
     cell_grad_key, cell_grad_value, counts, key_leaf, value_leaf,
@@ -133,7 +134,7 @@ def grad_blocks(
         store_rows(grad_value + into, token, there, D, acc_v, D, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_LENGTH)
 def grad_pieces(
     query, key, value, counts, level_bias, grad_out, base, delta, part_key, part_value,
     units, piece_row, piece_low, piece_high, level_of_row, sink_slots, token_of_slot, valid,
@@ -207,7 +208,7 @@ def grad_pieces(
     tl.store(part_value + into, acc_v, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_LENGTH)
 def add_pieces(part_key, part_value, sum_key, sum_value, start, rows, pieces, SIZE: tl.constexpr, STEP: tl.constexpr):
     """Sums the pieces of every row, in order; 0 for a row that nobody reads. SIZE numbers to a row."""
     tiles: tl.constexpr = (SIZE + STEP - 1) // STEP

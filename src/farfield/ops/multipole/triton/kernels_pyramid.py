@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farfield.ops.multipole.triton.kernels_common import load_rows, shown_keys, store_rows, token_of
+from farfield.ops.multipole.triton.kernels_common import BY_LENGTH, load_rows, shown_keys, store_rows, token_of
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def token_child(
     return token, shown_keys(slot, there, shown, False, MASKED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_LENGTH)
 def fold_up(
     key, value, cell_key, cell_value, exact_key, exact_value, counts, leaf_key, leaf_value, up_key, up_value,
     offset, token_of_slot, shown, cells_0, cells_1, cells_2, cells_3, cells_4, cells_5, cells_6,
@@ -140,7 +140,7 @@ def build(
         tl.store(exact + cell.to(tl.int64)[:, None] * D + d[None, :], x, mask=inside[:, None] & (d[None, :] < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_LENGTH)
 def fold_down(
     key, value, cell_key, cell_value, grad_key, grad_value, counts, up_key, up_value,
     part_leaf, part_up, offset, token_of_slot, shown,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from farfield.ops.multipole.triton.kernels_common import (
+    BY_LENGTH,
     LOG2E,
     cell_bias,
     later_tiles,
@@ -18,7 +19,7 @@ from farfield.ops.multipole.triton.kernels_common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_LENGTH)
 def row_terms(
     out, lse, grad_out, grad_lse, base, delta, g_batch, g_head, g_token, number, heads, total,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -48,7 +49,7 @@ def weigh(q, k, v, g, base, delta, factor, bias, PRECISION: tl.constexpr):
     return weights, grads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_LENGTH)
 def grad_query(
     query, key, value, cell_key, cell_value, counts, level_bias, grad_out, base, delta, into, grad_bias,
     near, near_count, far, far_count, level_of_row, sink_slots, sink_set, token_of_slot, shown, valid,

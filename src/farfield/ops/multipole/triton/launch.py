@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,12 +76,14 @@ class _Call:
         valid, shown = plan.readable(key_mask)
         return valid.contiguous().view(torch.uint8), shown.contiguous().view(torch.uint8)
 
-    def run(self, kernel: str, start: Any, keys: int) -> None:
-        """Launches a kernel with tuned tiles."""
+    def run(self, kernel: str, keys: int, programs: Callable[[Config], int], start: Callable[[Config], None]) -> None:
+        """Launches a kernel with tuned tiles of at most about ``keys`` keys."""
         configs = tuning.candidates(kernel, self.head_dim, self.query.dtype, self.tile_tokens, keys)
-        device = self.query.device.index or 0
-        key = tuning.Key(kernel, device, self.head_dim, self.query.dtype, self.layout.block_tokens)
-        tuning.run(key, configs, start, interpreted())
+        key = tuning.Key(
+            kernel, self.query.device.index or 0, self.head_dim, self.query.dtype, self.layout.block_tokens, self.pack,
+            self.layout.dims, self.s.causal, self.layout.cells_per_group, self.s.sinks, self.s.part,
+        )  # fmt: skip
+        tuning.run(key, configs, programs, start, interpreted())
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Batch, head and token strides of each."""
@@ -178,7 +181,7 @@ def forward(s: Settings, tensors: Tensors) -> tuple[Tensor, Tensor]:
             *call.sizes(), **call.constants(), **call.seen(config),
         )  # fmt: skip
 
-    call.run("forward", start, call.layout.block_tokens)
+    call.run("forward", call.layout.block_tokens, call.programs, start)
     return out, lse
 
 
@@ -230,7 +233,7 @@ class _Backward:
                 cells.count_stride, *call.sizes(), LEVELS=levels, **call.constants(), **call.seen(config),
             )  # fmt: skip
 
-        call.run("grad_query", start, call.layout.block_tokens)
+        call.run("grad_query", call.layout.block_tokens, call.programs, start)
         if not call.biased:
             return into, None
         by_level = parts[0].view(call.batch, call.heads, -1, levels).sum((0, 2))
@@ -278,9 +281,11 @@ class _Backward:
         strides = call.strides(key, value) if sinks else [step, t.cells * width, width] * 2
         slots = call.sinks.slots if sinks and call.sinks is not None else t.near
 
+        def programs(config: Config) -> int:
+            return groups * readers.pieces * -(-members // config.keys)
+
         def start(config: Config) -> None:
-            tiles = -(-members // config.keys)
-            grad_pieces[(groups * readers.pieces * tiles,)](
+            grad_pieces[(programs(config),)](
                 call.query, key, value, cells.counts, call.level_bias, self.grad_out, self.base, self.delta, *parts,
                 readers.units, readers.row, readers.low, readers.high, t.level_of_row, slots, call.rows.token_of_slot,
                 call.masks[1], *call.strides(call.query), *strides, *call.strides(self.grad_out),
@@ -290,8 +295,11 @@ class _Backward:
                 ROWS=config.rows, KEYS=config.keys, **call.constants(), **_run(config),
             )  # fmt: skip
 
-        if readers.pieces:
-            call.run("grad_pieces", start, members)
+        if readers.pieces and sinks:
+            # By the number asked for, not by that of a short sequence: choices do not depend on the length.
+            call.run("grad_sinks", call.s.sinks, programs, start)
+        elif readers.pieces:
+            call.run("grad_pieces", members, programs, start)
         sums = [self.base.new_empty(groups, readers.rows * members, width) for _ in range(2)]
         size = members * width
         add_pieces[(groups * readers.rows * -(-size // ADD_STEP),)](
@@ -313,9 +321,11 @@ class _Backward:
         leaf = leaf_weights(call.summary, call.key)
         block, group = call.layout.block_tokens, call.layout.cells_per_group
 
+        def programs(config: Config) -> int:
+            return call.batch * call.key_heads * call.layout.blocks * -(-block // config.keys)
+
         def start(config: Config) -> None:
-            tiles = -(-block // config.keys)
-            grad_blocks[(call.batch * call.key_heads * call.layout.blocks * tiles,)](
+            grad_blocks[(programs(config),)](
                 call.query, call.key, call.value, self.grad_out, self.base, self.delta, *sides, *grads, cells.counts,
                 *leaf[:2], t.near_readers.first, t.near_readers.units, t.cell, t.child, call.rows.token_of_slot,
                 call.masks[0], *call.strides(call.query, call.key, call.value, self.grad_out),
@@ -326,5 +336,5 @@ class _Backward:
                 ROWS=config.rows, KEYS=config.keys, **call.constants(), **_run(config),
             )  # fmt: skip
 
-        call.run("grad_blocks", start, block)
+        call.run("grad_blocks", block, programs, start)
         return sides

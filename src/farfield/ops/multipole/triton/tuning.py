@@ -1,16 +1,27 @@
-"""Tile sizes: a few candidates per kernel, the fastest of which is kept per head width, dtype and leaf block.
+"""Tile sizes: a few candidates per kernel, the fastest of which is kept for every kind of work.
 
-The length is never part of the key: a training run with changing lengths tunes once.
+The length is never part of the key: a training run with changing lengths tunes once. Calls too small to fill the
+device are not timed, since they would tell nothing of larger ones: until a larger one comes, they take the first
+candidate. ``FARFIELD_TUNE=0`` in the environment switches timing off for a process, :func:`fixed` for a stretch of it;
+the first candidate is then taken everywhere, and the same bits come out of every process.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import torch
+
+SWITCH = "FARFIELD_TUNE"
+"""The environment variable that switches timing off where it is 0."""
+
+TIMINGS = 3
+"""Times that a candidate is measured; the median counts."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +36,31 @@ class Config:
 
 
 class Key(NamedTuple):
-    """What a choice depends on."""
+    """What a choice depends on: all that changes the work of a program, except the length.
+
+    Attributes:
+        kernel: a key of the table of candidates.
+        device: its index.
+        head_dim, dtype: of query and key.
+        block: tokens of a leaf block.
+        pack: query heads in a tile.
+        dims, causal: how many blocks and groups a block reads, and which.
+        cells: of a group.
+        sinks: tokens that are always seen.
+        part: which part of the sum is computed, "both", "near" or "far".
+    """
 
     kernel: str
     device: int
     head_dim: int
     dtype: torch.dtype
     block: int
+    pack: int
+    dims: int
+    causal: bool
+    cells: int
+    sinks: int
+    part: str
 
 
 _chosen: dict[Key, Config] = {}
@@ -40,7 +69,7 @@ _fixed = 0
 
 @contextmanager
 def fixed() -> Iterator[None]:
-    """Within it nothing is timed: a kernel not tuned yet takes its first candidate that fits the device.
+    """Within it nothing is timed: a kernel not tuned yet takes the first candidate that fits the device.
 
     It holds for all threads, since autograd runs backward passes in threads of its own.
     """
@@ -50,6 +79,11 @@ def fixed() -> Iterator[None]:
         yield
     finally:
         _fixed -= 1
+
+
+def enabled() -> bool:
+    """Whether kernels that are not tuned yet may be timed."""
+    return not _fixed and os.environ.get(SWITCH) != "0"
 
 
 def chosen() -> dict[Key, Config]:
@@ -100,6 +134,8 @@ Compiled for sm_90 they spill no or few registers; how fast they are has been me
 are for devices with less shared memory.
 """
 
+_TABLES["grad_sinks"] = _TABLES["grad_pieces"]  # one kernel for the cells of a group and for a set of sinks
+
 _EXACT: _Table = {
     64: [(32, 32, 32, 8, 2), (16, 16, 16, 4, 1)],
     256: [(16, 16, 16, 8, 1), (16, 16, 16, 4, 1)],
@@ -115,21 +151,29 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype, rows: int, keys: 
     return list(dict.fromkeys(configs))
 
 
-def run(key: Key, configs: list[Config], start: Callable[[Config], None], interpreted: bool = False) -> None:
+def run(
+    key: Key,
+    configs: list[Config],
+    programs: Callable[[Config], int],
+    start: Callable[[Config], None],
+    interpreted: bool = False,
+) -> None:
     """Launches with the best configuration, timing all of them where none is known for the key.
 
-    ``start`` launches the kernel, which must give the same result however often it runs. A configuration that does
-    not fit the device is passed over; when none does, the error of the last is raised.
+    ``start`` launches the kernel, which must give the same result however often it runs; ``programs`` says how many
+    programs that takes. A configuration that does not fit the device is passed over; when none does, the error of the
+    last is raised.
     """
     if interpreted:
         start(configs[0])
         return
     best = _chosen.get(key)
-    if best is None and not _fixed and len(configs) > 1 and not torch.cuda.is_current_stream_capturing():
-        best = _chosen[key] = _fastest(configs, start)
-    order = configs if best not in configs else [best, *(c for c in configs if c != best)]
+    if best is None and len(configs) > 1 and enabled() and _fills(key.device, configs, programs):
+        best = _fastest(configs, start)
+        if best is not None:
+            _chosen[key] = best
     failure: Exception | None = None
-    for config in order:
+    for config in dict.fromkeys([*([] if best is None else [best]), *configs]):
         try:
             start(config)
         except Exception as error:
@@ -142,13 +186,20 @@ def run(key: Key, configs: list[Config], start: Callable[[Config], None], interp
     raise failure
 
 
+def _fills(device: int, configs: list[Config], programs: Callable[[Config], int]) -> bool:
+    """Whether a call is large enough to be timed, and may be."""
+    enough = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(map(programs, configs)) >= enough and not torch.cuda.is_current_stream_capturing()
+
+
 def _too_large(error: Exception) -> bool:
     from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     return isinstance(error, OutOfResources)
 
 
-def _fastest(configs: list[Config], start: Callable[[Config], None]) -> Config:
+def _fastest(configs: list[Config], start: Callable[[Config], None]) -> Config | None:
+    """None where no configuration fits the device."""
     times: dict[Config, float] = {}
     for config in configs:
         try:
@@ -157,13 +208,14 @@ def _fastest(configs: list[Config], start: Callable[[Config], None]) -> Config:
             if not _too_large(error):
                 raise
             continue
-        spans = []
-        for _ in range(3):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            start(config)
-            end.record()
-            end.synchronize()
-            spans.append(begin.elapsed_time(end))
-        times[config] = sorted(spans)[1]
-    return min(times, key=lambda c: times[c]) if times else configs[0]
+        times[config] = median(_milliseconds(start, config) for _ in range(TIMINGS))
+    return min(times, key=lambda c: times[c]) if times else None
+
+
+def _milliseconds(start: Callable[[Config], None], config: Config) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    start(config)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
