@@ -14,6 +14,7 @@ from farfield.bench.sweep import Prediction, Row, Sweep
 from farfield.bench.sweep_report import (
     flops_in_words,
     groups,
+    kind_figure,
     left_out,
     plan_table,
     read_rows,
@@ -146,6 +147,14 @@ def test_other_results_are_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match="is not from farfield bench"):
         read_rows(tmp_path, KEY)
+
+
+def test_no_panel_is_cut_off_where_an_earlier_one_ends() -> None:
+    rows = [row("fma", 1024), row("fma", 1024, "backward", seconds=1e-4)]
+    figure = kind_figure(rows, looks(["fma"]))
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert all(low <= y <= high for line in axes.lines for y in line.get_ydata())
 
 
 def test_many_lines_look_different() -> None:

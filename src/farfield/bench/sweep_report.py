@@ -278,11 +278,13 @@ def kind_figure(rows: Sequence[Row], style: Looks) -> Figure:
                               markerfacecolor="white", markeredgewidth=1.5, markersize=5, linewidth=1.8)  # fmt: skip
                 if name.startswith("share"):
                     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-                    axes.set_ylim(bottom=0)
                 else:
                     amount_axis(axes)
                 length_axis(axes, [row.case.tokens for row in rows])
                 tidy(axes)
+            if name.startswith("share"):  # when all is drawn: a limit that is set is no longer moved by what follows
+                for axes in line:
+                    axes.set_ylim(bottom=0)
             line[0].set_ylabel(name)
         for axes, mode in zip(panels[0], modes, strict=True):
             axes.set_title(MODE_NAMES[mode], fontsize=10, loc="left")
