@@ -89,7 +89,7 @@ def _seconds(row: Row) -> float:
 def facts(device: str) -> dict[str, Any]:
     """The machine, as the baseline keeps it."""
     machine = describe_machine(device)
-    return {name: machine[name] for name in ("processor", "cores", "threads", "device", "torch")}
+    return {name: machine[name] for name in ("processor", "capability", "cores", "threads", "device", "torch")}
 
 
 def read_baseline(path: Path) -> dict[str, Any] | None:

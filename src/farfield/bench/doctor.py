@@ -73,11 +73,10 @@ def _versions() -> dict[str, str | None]:
 def _machine() -> dict[str, Any]:
     facts = describe_machine("cpu")
     free = available_bytes("cpu")
-    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
     return {
         "system": facts["system"],
         "processor": facts["processor"],
-        "capability": capability,
+        "capability": facts["capability"],
         "cores": facts["cores"],
         "threads": facts["threads"],
         "interop_threads": torch.get_num_interop_threads(),

@@ -30,6 +30,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     place = torch.device(device)
     return {
         "processor": processor,
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
