@@ -135,12 +135,14 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
-    if found.get("dtype", args.dtype) != args.dtype:
-        parser.error(f"{args.out} holds rows in {found['dtype']}; another --out would be accepted")
-    found |= {
+    here = {
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(), "dtype": args.dtype,
     }  # fmt: skip
+    other = {name: found.get(name) for name in here if found["rows"] and found.get(name) != here[name]}
+    if other:
+        parser.error(f"{args.out} holds rows of other settings ({other}); another --out would be accepted")
+    found |= here
     asked = [("N", n) for n in args.lengths.split(",") if n] + [("form", n) for n in args.forms.split(",") if n]
     how = args.repeats, args.dtype
     for kind, name in asked:

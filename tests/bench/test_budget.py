@@ -64,3 +64,11 @@ def test_no_number_is_an_infinite_error() -> None:
     assert budget.error(torch.tensor([-torch.inf, 1.0, 1.0]), ones) == float("inf")
     empty = torch.tensor([-torch.inf, 1.0, 1.0])
     assert budget.error(empty, empty) == 0.0 and budget.error(ones[:0], ones[:0]) == 0.0
+
+
+def test_what_is_no_number_passes_under_no_budget() -> None:
+    ones = [torch.ones(3)] * 3
+    broken = [torch.tensor([1.0, torch.nan, 1.0]), *ones[1:]]
+    assert not budget.judge(broken, ones, ones).right
+    with pytest.raises(ValueError, match="gives what is no number here"):
+        budget.judge(broken, broken, ones)

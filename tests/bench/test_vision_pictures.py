@@ -66,4 +66,4 @@ def test_what_cannot_be_drawn(tmp_path: Path, grids: list[tuple[int, ...]], said
 def test_a_grid_that_is_seen_whole_is_told(tmp_path: Path) -> None:
     outcome = _outcome(tmp_path, [(4, 4), (2, 2)], attentions=("swin", "dense"), widths=(32, 64), depths=(1, 1))
     _, (note,) = patterns_of(outcome)
-    assert note.startswith("At 4x4 tokens, the grid of the first stage, swin, layer 1 see every token exactly")
+    assert note.startswith("At 4x4 tokens, the grid that is drawn, swin, layer 1 see every token exactly")

@@ -308,3 +308,14 @@ def test_recipes_with_parameters_work_in_an_encoder() -> None:
     model(**inputs)[0].sum().backward()
     grads = [p.grad for name, p in model.named_parameters() if ".farfield." in name]
     assert len(grads) == 4 and all(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+def test_a_models_own_cache_is_no_paged_one() -> None:
+    """Transformers 5.24 calls it `cache`, as continuous batching calls its pages."""
+    from transformers import DynamicCache
+
+    from farfield.interop.transformers.attention import _refuse
+
+    _refuse({"cache": DynamicCache()})
+    with pytest.raises(ValueError, match="paged cache"):
+        _refuse({"cache": object()})

@@ -8,6 +8,7 @@ float32 arithmetic can avoid is allowed anyhow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -90,8 +91,16 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 
 def bounds(plain: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """Largest :func:`error` allowed of output, lse and every gradient, given plain torch's and the true ones."""
+    """Largest :func:`error` allowed of output, lse and every gradient, given plain torch's and the true ones.
+
+    Raises:
+        ValueError: where plain torch gives no numbers: it is no yardstick there.
+    """
     errors = [error(a, b) for a, b in zip(plain, truth, strict=True)]
+    if not all(map(math.isfinite, errors)):
+        raise ValueError(
+            f"plain torch in {plain[0].dtype} gives what is no number here, so it allows no error: {errors}"
+        )
     allowed = [FACTOR * e for e in errors[:2]] + [GRADIENT_FACTOR * max(errors[2:], default=0.0)] * len(errors[2:])
     single = ROUNDINGS * torch.finfo(torch.float32).eps / 2
     return [max(e, torch.finfo(x.dtype).eps / 2, single) for e, x in zip(allowed, plain, strict=True)]
@@ -107,8 +116,8 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Whether every error is within its bound."""
-        return all(e <= b for e, b in zip(self.errors, self.bounds, strict=True))
+        """Whether every error is a number and within its bound."""
+        return all(math.isfinite(e) and e <= b for e, b in zip(self.errors, self.bounds, strict=True))
 
 
 def judge(got: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> Verdict:

@@ -30,8 +30,8 @@ class Count:
 
     Attributes:
         parameters: trained numbers.
-        maps: FLOPs of linear maps and convolutions; None for a model on the meta device whose course depends on the
-            content (opened cells), so that shapes do not tell.
+        maps: FLOPs of linear maps and convolutions; None for a model on the meta device with a part that the cost model
+            does not know: its course may depend on the content (opened cells), so that shapes do not tell.
         attention: FLOPs of the attention between its projections; None when a part is not known to the cost model.
     """
 

@@ -211,7 +211,7 @@ def patterns_of(outcome: VisionOutcome) -> tuple[list[Pattern], list[str]]:
     whole = [p.name for p in found if p.name != "dense" and p.grid == grids[first] and bool((p.codes == 0).all())]
     if whole:
         notes.append(
-            f"At {size_in_words(grids[first])} tokens, the grid of the first stage, {', '.join(whole)} see every token "
+            f"At {size_in_words(grids[first])} tokens, the grid that is drawn, {', '.join(whole)} see every token "
             "exactly, as dense does; a smaller --block, or larger images, would tell them apart."
         )
     return found, notes

@@ -80,4 +80,4 @@ def _table(rows: list[SizeRow], attention: str, grid: tuple[int, ...], classes: 
     console = Console(highlight=False)
     console.print(table)
     if any(row.count.flops is None for row in rows):
-        console.print("–: what this attention reads depends on the image, so that shapes do not tell.", style="dim")
+        console.print("–: not known to the cost model; what opened cells read depends on the image.", style="dim")

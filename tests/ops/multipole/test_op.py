@@ -404,3 +404,11 @@ def test_compiled_inference_is_one_graph() -> None:
         with torch.no_grad():
             run(q.requires_grad_())
     assert counter.frame_count <= 3  # plain inputs, no_grad, and torch's own first guess of a fixed length
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of torch.func.jvp itself
+@pytest.mark.parametrize("graded", [False, True])
+def test_forward_mode_is_refused_and_not_zero(graded: bool) -> None:
+    x = torch.randn(1, 1, 40, 4)
+    with torch.set_grad_enabled(graded), pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+        torch.func.jvp(lambda q: ff.multipole_attention(q, x, x, block=4, rank=2), (x,), (torch.ones_like(x),))

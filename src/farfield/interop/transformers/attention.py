@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from farfield.attention import ReadyAttention
 from farfield.interop.transformers import cores
@@ -125,7 +126,8 @@ def attention_function(recipe: str | None) -> Attend:
 
 def _refuse(kwargs: dict[str, Any]) -> None:
     for name, given in kwargs.items():
-        if given is None or given is False or name in _HARMLESS:
+        # A model's own cache, under its new name, has given its keys already; a paged one is another class.
+        if given is None or given is False or name in _HARMLESS or isinstance(given, Cache):
             continue
         why = _REFUSED.get(name, "it does not know this argument, and does not ignore what it does not know")
         raise ValueError(

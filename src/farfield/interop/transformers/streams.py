@@ -18,11 +18,8 @@ from farfield.streaming import Decoder, StreamSpec, StreamState
 
 __all__ = ["ARGUMENT", "StreamCache", "StreamLayer", "stream_of"]
 
-ARGUMENT = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
+_old = "past_key_values" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+ARGUMENT = "past_key_values" if _old else "cache"
 """How models and `generate` call the cache that they are given: "cache", in older Transformers "past_key_values"."""
 
 _MARK = "_farfield_stream"

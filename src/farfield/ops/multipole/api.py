@@ -127,12 +127,12 @@ def _operator(
         kind, list(grid), list(block), list(rank), -1 if levels is None else levels, causal, count_bias,
         list(query_rank or ()), sinks, scale, dropout, part, engine,
     )  # fmt: skip
-    # Without gradients the operator alone: the autograd function takes a sixth of a short call. Dynamo cannot trace it,
-    # either, where there is nothing to differentiate. (In eager mode there can be something although no tensor says so:
-    # under vmap requires_grad is False for differentiated inputs, too.)
-    tensors = (query, key, value, level_bias, *weights)
-    unneeded = torch.compiler.is_compiling() and not any(x is not None and x.requires_grad for x in tensors)
-    if unneeded or not torch.is_grad_enabled():
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, level_bias, *weights)
+    )
+    if torch.compiler.is_compiling() and not differentiable:
+        # Dynamo cannot trace an autograd function that has nothing to differentiate. (In eager mode it can be right
+        # although no tensor says so: under vmap requires_grad is False for differentiated inputs, too.)
         return multipole(query, key, value, key_mask, cu_seqlens, level_bias, seed, weights, *settings)
     query, key, value, *weights = _distinct([query, key, value, *weights])
     out, lse = Multipole.apply(settings, query, key, value, key_mask, cu_seqlens, level_bias, seed, *weights)

@@ -69,7 +69,7 @@ _fixed = 0
 
 @contextmanager
 def fixed() -> Iterator[None]:
-    """Within it nothing is timed: a kernel not tuned yet takes the first candidate that fits the device.
+    """Within it nothing is timed: every kernel takes the first candidate that fits, whatever was chosen before.
 
     It holds for all threads, since autograd runs backward passes in threads of its own.
     """
@@ -167,7 +167,7 @@ def run(
     if interpreted:
         start(configs[0])
         return
-    best = _chosen.get(key)
+    best = _chosen.get(key) if enabled() else None
     if best is None and len(configs) > 1 and enabled() and _fills(key.device, configs, programs):
         best = _fastest(configs, start)
         if best is not None:
