@@ -11,7 +11,8 @@ part is begun after so many seconds.
 
 What fails is written down with its error, and the rest goes on. The file is rewritten after every step and keeps the
 parts of earlier runs, each with its run, card and versions. At the end a table sets each target beside its figure: a
-target is met or missed only if all of its rows were measured.
+target is met or missed only if all of its rows were measured. It exits with 1 when anything failed, or gave a result
+beyond its error budget; a target that is missed for its speed is no failure.
 
 Useful FLOPs are those of query-key pairs that the result needs, as docs/bench.md counts them. Times are medians over
 rounds in which all candidates take turns; a sample repeats a call until it lasts some milliseconds, so that launches
@@ -613,6 +614,16 @@ def run_parts(report: Report, names: Sequence[str], seconds: float, clock: Calla
     report.write()
 
 
+def failures(report: Report) -> list[str]:
+    """What this run could not do, or did wrongly: rows with an error, and rows beyond their error budget."""
+    found = []
+    for name, part in report.data["parts"].items():
+        for entry in part["rows"] if part["run"] == report.run else ():
+            if "error" in entry or not entry.get("right", True) or not entry.get("finite", True):
+                found.append(f"{name}: {entry.get('error', 'wrong')}")
+    return found
+
+
 def table(report: Report) -> str:
     """The targets, and which run each part is of."""
     lines = [f"{'target':96s} {'wanted':>8s} {'figure':>10s}  status"]
@@ -643,6 +654,8 @@ def main() -> None:
     report = Report(args.json, machine())
     run_parts(report, chosen, args.budget, time.perf_counter)
     print(f"\n{table(report)}\n\nwritten: {args.json}")
+    if failures(report):
+        sys.exit("failed or wrong in this run:\n  " + "\n  ".join(failures(report)))
 
 
 if __name__ == "__main__":

@@ -162,6 +162,19 @@ def test_a_target_is_missed_or_not_measured(
     assert set(gone.values()) == {"not measured"} and gone.keys() >= missed.keys()
 
 
+def test_what_failed_or_is_wrong_is_no_success(gpu: ModuleType, tmp_path: Path) -> None:
+    report = full(gpu, tmp_path / "r.json")
+    for part in report.data["parts"].values():
+        part["run"] = report.run
+    assert gpu.failures(report) == []
+    find(report, "correctness", call="packed").update(right=False)
+    find(report, "million").update(error="OutOfMemoryError: no")
+    find(report, "rate", n=32768, head_dim=128, causal=True).update(both_share=0.01)
+    assert gpu.failures(report) == ["correctness: wrong", "million: OutOfMemoryError: no"]
+    report.data["parts"]["million"]["run"] = "another"
+    assert gpu.failures(report) == ["correctness: wrong"]
+
+
 def test_without_natten_its_targets_are_not_measured(gpu: ModuleType, tmp_path: Path) -> None:
     report = full(gpu, tmp_path / "r.json")
     report.machine["natten"] = None
