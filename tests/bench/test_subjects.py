@@ -14,6 +14,8 @@ def test_entries_have_options() -> None:
     assert split_label("fma") == ("fma", [])
     assert split_label(" fma:block=32,impl=torch ") == ("fma", ["block=32", "impl=torch"])
     assert split_label("fma:block=[8,4],rank=[2,2]") == ("fma", ["block=[8,4]", "rank=[2,2]"])
+    with pytest.raises(ValueError, match="separated by commas, as in fma:open=16,page=4"):
+        split_label("fma:open=16:page=4")
     with pytest.raises(ValueError, match="names no attention"):
         split_label(":block=3")
 

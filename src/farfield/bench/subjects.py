@@ -99,11 +99,13 @@ def split_label(text: str) -> tuple[str, list[str]]:
     """("fma", ["block=32", "impl=torch"]) from ``fma:block=32,impl=torch``; commas inside brackets belong to a value.
 
     Raises:
-        ValueError: without a name.
+        ValueError: without a name, or with colons between options, as `farfield study` has them.
     """
     name, _, rest = text.strip().partition(":")
     if not name:
         raise ValueError(f"{text!r} names no attention; write NAME or NAME:option=value,option=value")
+    if re.search(r"=[^,]*:\s*[A-Za-z_][\w-]*\s*=", rest):
+        raise ValueError(f"{text!r}: options are separated by commas, as in {name}:{rest.replace(':', ',')}")
     return name, [piece for piece in re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", rest) if piece.strip()]
 
 
