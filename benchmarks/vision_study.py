@@ -50,10 +50,10 @@ def main() -> None:
         return
     names = given.only.split(",") if given.only else [n for n in studies if not n.endswith("converged")]
     unknown = [name for name in names if name not in studies]
-    if unknown or given.data is None:
-        parser.error(
-            f"unknown studies {unknown}: {', '.join(studies)} would be accepted" if unknown else "no DATA given"
-        )
+    if unknown:
+        parser.error(f"unknown studies {unknown}: {', '.join(studies)} would be accepted")
+    if given.data is None:
+        parser.error("no DATA given: the folder that holds the files")
     more = [] if given.device is None else ["--device", given.device]
     for name in names:
         print(f"== {name}", flush=True)

@@ -27,11 +27,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_docs_and_file_have_the_same_commands() -> None:
     kept = json.loads((ROOT / "benchmarks" / "vision.json").read_text())
     measured = (ROOT / "docs" / "vision.md").read_text().partition("\n## Measured")[2].replace("\\\n", " ")
-    shown = dict(
-        reversed(match)
-        for match in re.findall(r"^    farfield compare (.*?) --out runs/(\w+)$", measured, re.MULTILINE)
-    )
-    shown = {name: " ".join(words.split()) for name, words in shown.items() if not words.startswith("runs/")}
+    lines = re.findall(r"^    farfield compare (.*?) --out runs/(\w+)$", measured, re.MULTILINE)
+    shown = {name: " ".join(words.split()) for words, name in lines if not words.startswith("runs/")}
     assert shown == {name: words for name, words in kept.items() if not name.endswith("converged")}
 
 
