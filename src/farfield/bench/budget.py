@@ -8,16 +8,17 @@ float32 arithmetic can avoid is allowed anyhow.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farfield.ops.multipole import reference
-from farfield.ops.multipole.api import normalise
-from farfield.ops.multipole.summary import Summary
+from farfield.ops.multipole.api import multipole_attention, normalise
 
 __all__ = ["FACTOR", "GRADIENT_FACTOR", "Verdict", "bounds", "error", "gradients", "judge", "plain_attention"]
 
@@ -31,32 +32,20 @@ SMALLEST = 1e-3
 """Errors are relative to the size of the truth, or to this where it is smaller (gradients that cancel to nothing)."""
 
 
-def plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    grid: Sequence[int] | None = None,
-    block: int | Sequence[int] = 64,
-    rank: int | Sequence[int] = 8,
-    levels: int | None = None,
-    causal: bool = False,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-    count_bias: bool = True,
-    query_rank: int | Sequence[int] | None = None,
-    sinks: int = 0,
-    summary: Summary = "mean",
-    level_bias: Tensor | None = None,
-    part: str = "both",
-) -> tuple[Tensor, Tensor]:
-    """Output and lse of :func:`farfield.multipole_attention` by plain torch, all in the dtype of the query."""
-    call = normalise(
-        query, key, value, grid, block, rank, levels, causal, key_mask, cu_seqlens, scale, query_rank, sinks, 0.0,
-        summary, level_bias, part,
-    )  # fmt: skip
-    call.update(causal=causal, count_bias=count_bias, sinks=sinks, dropout=0.0, part=part)
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Output and lse of :func:`farfield.multipole_attention` by plain torch, all in the dtype of the query.
+
+    Args:
+        query, key, value: [B, H, N, D].
+        **options: those of `multipole_attention` that say what is computed, with the same defaults.
+
+    Raises:
+        TypeError, ValueError: as `multipole_attention` does.
+    """
+    given = inspect.signature(multipole_attention).bind(query, key, value, **options)
+    given.apply_defaults()
+    call = normalise(*(given.arguments[name] for name in inspect.signature(normalise).parameters))
+    call.update({name: given.arguments[name] for name in ("causal", "count_bias", "sinks", "dropout", "part")})
     return reference.attention(**call, plain=True)
 
 
