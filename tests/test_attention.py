@@ -44,6 +44,8 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "window and linear": {"near": Window(9), "far": Linear("relu"), "merge": Gate(per="channel")},
     "window and projection": {"near": Window(9, kv_norm=True), "far": Projection(2, chunk=8)},
     "conv and linear": {"near": Conv(2), "far": Linear("softmax"), "merge": "sum"},
+    "fma, biased": {"near": Blocks(8), "far": Pyramid(rank=2), "position_bias": 3},
+    "window, biased": {"near": Window(9), "far": Pooled(4), "position_bias": 4},
 }
 OPEN: dict[str, dict[str, Any]] = {
     "agents": {"near": Conv(3), "far": Landmarks(3), "merge": "sum"},
@@ -65,7 +67,8 @@ OPEN: dict[str, dict[str, Any]] = {
 
 def _layer(causal: bool, options: dict[str, Any], **more: Any) -> Attention:
     torch.manual_seed(0)
-    layer = Attention(16, 4, num_kv_heads=2, causal=causal, rope=100.0, **options, **more).double()
+    rope = None if "position_bias" in options else 100.0
+    layer = Attention(16, 4, num_kv_heads=2, causal=causal, rope=rope, **options, **more).double()
     for parameter in layer.parameters():
         # Zero and constant starts would hide a leak.
         torch.nn.init.normal_(parameter, std=0.3)
@@ -213,7 +216,7 @@ def test_options_of_the_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
-@pytest.mark.parametrize("name", ["window", "fma"])
+@pytest.mark.parametrize("name", ["window", "fma", "fma, biased"])
 def test_the_layer_compiles_into_one_graph_and_checkpoints(name: str) -> None:
     layer = _layer(True, CAUSAL[name])
     torch._dynamo.reset()

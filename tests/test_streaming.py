@@ -23,6 +23,8 @@ far, near = ff.far, ff.near
 
 LAYERS: dict[str, dict[str, Any]] = {
     "fma": {"near": near.Blocks(4), "far": far.Pyramid(2, bias=-1.0)},
+    "fma biased": {"near": near.Blocks(4), "far": far.Pyramid(2, bias=-1.0), "position_bias": 3, "rope": None},
+    "window biased": {"near": near.Window(7), "position_bias": 3, "rope": None},
     "fma mean": {"near": near.Blocks(6), "far": far.Pyramid(3, summary="mean", bias=None, count_bias=False)},
     "fma pooled": {"near": near.Blocks(4), "far": far.Pyramid(1, summary="pooled", bias=-1.0)},
     "fma cells": {"near": near.Blocks(4), "far": far.Pyramid(2, rope="cells", bias=-1.0)},
@@ -96,7 +98,8 @@ def shaken(layer: ff.Attention) -> ff.Attention:
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> ff.Attention:
-    return shaken(ff.Attention(16, 4, num_kv_heads=2, causal=True, rope=50.0, qk_norm=True, **LAYERS[name]).to(dtype))
+    options = {"rope": 50.0, **LAYERS[name]}
+    return shaken(ff.Attention(16, 4, num_kv_heads=2, causal=True, qk_norm=True, **options).to(dtype))
 
 
 def recipe(name: str, layer: int = 0, dtype: torch.dtype = torch.float64) -> ff.Attention:
@@ -211,7 +214,7 @@ def test_low_precision_stays_within_the_budget(name: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("name", ["fma", "window strided", "linear", "dense and projection"])
 def test_under_autocast(name: str) -> None:
     module, x = (
-        shaken(ff.Attention(16, 4, num_kv_heads=2, causal=True, rope=50.0, **LAYERS[name])),
+        shaken(ff.Attention(16, 4, num_kv_heads=2, causal=True, **{"rope": 50.0, **LAYERS[name]})),
         torch.randn(1, 60, 16),
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):

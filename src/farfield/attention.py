@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from farfield.merge import AttentionState, Merge, merge_states, resolve_merge
 from farfield.parts import FarPart, Inputs, LayerSpec, NearPart, OutputModule, Part
+from farfield.position_bias import PositionBias, places
 from farfield.rope import Rope, segment_positions
 from farfield.streaming import Decoder, StreamSpec, StreamState, row_positions
 
 __all__ = ["Attention", "ReadyAttention"]
+
+MOST_OCTAVES = 16
+"""Of a position bias: waves of 131,072 tokens."""
 
 
 class _Mixing(nn.Module):
@@ -132,6 +137,9 @@ class Attention(_Mixing):
             Without effect when only one part is given.
         dims: 1 (sequence), 2 (image) or 3 (video, volume).
         rope: base of a rotary embedding of queries and keys, such as 10000.0; 1-D. None for no rotation.
+        position_bias: octaves of a learned bias per head by offset along every axis, which starts at 0, see
+            :class:`farfield.position_bias.PositionBias`: waves of 4 to 2 ** (position_bias + 1) tokens. Each costs two
+            more channels of a head per axis. For parts that score tokens or summaries of them. None for no bias.
         qkv_bias: biases in the projection to queries, keys and values.
         proj_bias: biases in the output projection.
         qk_norm: an RMSNorm over the channels of every query and key head.
@@ -157,6 +165,7 @@ class Attention(_Mixing):
         merge: str | Merge = "softmax",
         dims: int = 1,
         rope: float | None = None,
+        position_bias: int | None = None,
         qkv_bias: bool = False,
         proj_bias: bool = False,
         qk_norm: bool = False,
@@ -167,8 +176,9 @@ class Attention(_Mixing):
         super().__init__()
         spec = _layer_spec(dim, num_heads, num_kv_heads, head_dim, causal, dims)
         chosen = resolve_merge(merge)
-        _check(spec, near, far, chosen, rope, dropout)
+        _check(spec, near, far, chosen, rope, dropout, position_bias)
         self.dropout = dropout
+        self.head_dim = spec.head_dim
         self.rope = None if rope is None else Rope(float(rope))
         self.scale = 1 / math.sqrt(spec.head_dim)
         with torch.device(device) if device is not None else nullcontext():
@@ -177,6 +187,10 @@ class Attention(_Mixing):
             self.proj = nn.Linear(width, dim, bias=proj_bias)
             self.q_norm = nn.RMSNorm(spec.head_dim) if qk_norm else None
             self.k_norm = nn.RMSNorm(spec.head_dim) if qk_norm else None
+            self.position_bias = None
+            if position_bias is not None:
+                self.position_bias = PositionBias(spec.num_heads, spec.dims, position_bias)
+                spec = replace(spec, head_dim=spec.head_dim + self.position_bias.channels)
             self._assemble(spec, near, far, chosen)
         self._description = f"{self.extra_repr()}, head_dim={spec.head_dim}, rope={self.rope}"
         if dtype is not None:
@@ -206,9 +220,7 @@ class Attention(_Mixing):
         Raises:
             ValueError: when shapes, grid, mask or segments do not fit; the message repeats what was given.
         """
-        out = self.attend(self._inputs(x, grid, key_mask, cu_seqlens))
-        mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return mixed
+        return self._mixed(self.attend(self._inputs(x, grid, key_mask, cu_seqlens)))
 
     def stream(
         self,
@@ -265,15 +277,18 @@ class Attention(_Mixing):
         self._check_tokens(x)
         state.check(self._description, x.shape[0], x.device)
         positions = None
-        if self.rope is not None:
+        if self.rope is not None or self.position_bias is not None:
             positions = row_positions(state.lengths, x.shape[1], present, x.device)
-        out = self.attend_step(self._project(x, (x.shape[1],), positions, 0.0), state, present=present)
-        mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return mixed
+        return self._mixed(self.attend_step(self._project(x, (x.shape[1],), positions, 0.0), state, present=present))
 
     def attend_step(self, inputs: Inputs, state: StreamState, *, present: Tensor | None = None) -> Tensor:
         """The step between the projections: `[B, Hq, T, D]`; see :meth:`farfield.streaming.Decoder.step`."""
         return self._decoder().step(inputs, state, present)
+
+    def _mixed(self, out: Tensor) -> Tensor:
+        """The output projection of `[B, Hq, N, D]`, without the channels of a position bias."""
+        mixed: Tensor = self.proj(out[..., : self.head_dim].transpose(1, 2).flatten(2))
+        return mixed
 
     def _decoder(self) -> Decoder:
         return Decoder(self.near, self.far, self.merge, self._description)
@@ -302,7 +317,8 @@ class Attention(_Mixing):
         if key_mask is not None:
             # Also for the gradients of weights, where 0 times NaN would be NaN.
             x = torch.where(key_mask[..., None] | x.isfinite(), x, torch.zeros_like(x))
-        positions = None if self.rope is None else segment_positions(tokens, cu_seqlens, x.device)
+        placed = self.rope is not None or (self.position_bias is not None and spec.dims == 1)
+        positions = segment_positions(tokens, cu_seqlens, x.device) if placed else None
         return self._project(x, grid, positions, self.dropout if self.training else 0.0, key_mask, cu_seqlens)
 
     def _project(
@@ -315,11 +331,14 @@ class Attention(_Mixing):
         cu_seqlens: Tensor | None = None,
     ) -> Inputs:
         spec = self.spec
-        heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_dim)).transpose(1, 2)
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.position_bias is not None:
+            where = places(grid, x.device) if positions is None else positions.unsqueeze(-1)
+            q, k, v = self.position_bias(q, k, v, where, self.scale)
         return Inputs(
             q=q,
             k=k,
@@ -360,7 +379,13 @@ def _layer_spec(
 
 
 def _check(
-    spec: LayerSpec, near: Part | None, far: Part | None, merge: Merge, rope: float | None, dropout: float
+    spec: LayerSpec,
+    near: Part | None,
+    far: Part | None,
+    merge: Merge,
+    rope: float | None,
+    dropout: float,
+    position_bias: int | None = None,
 ) -> None:
     if near is None and far is None:
         raise ValueError("near=None and far=None: the layer would see nothing; near=Dense() sees every token exactly")
@@ -379,6 +404,8 @@ def _check(
             raise ValueError(f"rope={rope!r} turns channels in pairs: head_dim={spec.head_dim} must be even")
         if not rope > 0:
             raise ValueError(f"rope={rope!r}: the base must be positive, such as 10000.0")
+    if position_bias is not None:
+        _check_position_bias(position_bias, near, far, rope)
     for role, part in (("near", near), ("far", far)):
         if part is not None:
             _check_part(spec, role, part, merge, dropout, joint=near is not None and far is not None)
@@ -401,6 +428,19 @@ def _check_part(spec: LayerSpec, role: str, part: Part, merge: Merge, dropout: f
         )
     if dropout and not part.takes_dropout:
         raise ValueError(f"dropout={dropout}: {role}={part!r} has no attention dropout; use dropout=0.0")
+
+
+def _check_position_bias(octaves: int, near: Part | None, far: Part | None, rope: float | None) -> None:
+    if isinstance(octaves, bool) or not isinstance(octaves, int) or not 1 <= octaves <= MOST_OCTAVES:
+        raise ValueError(f"position_bias={octaves!r}: a number of octaves from 1 to {MOST_OCTAVES}, or None, would do")
+    if rope is not None:
+        raise ValueError(f"position_bias={octaves} with rope={rope!r}: a rotation turns all channels; use one of both")
+    for role, part in (("near", near), ("far", far)):
+        if part is not None and not part.takes_position_bias:
+            raise ValueError(
+                f"position_bias={octaves}: {role}={part!r} does not score tokens or means of them by their keys alone, "
+                "so a bias by offset would not be one there; use position_bias=None"
+            )
 
 
 def _check_grid(grid: tuple[int, ...] | None, tokens: int, dims: int) -> tuple[int, ...]:

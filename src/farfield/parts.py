@@ -121,6 +121,8 @@ class Part:
         gives_state: whether it returns an :class:`AttentionState` and so can meet a joint softmax.
         why_no_state: the reason when it does not.
         takes_dropout: whether it drops attention weights in training.
+        takes_position_bias: whether its scores are products of queries with keys or means of keys, so that what further
+            channels of both add to a product is a bias on the score.
         reads_input: whether it needs the layer's input x beside queries, keys and values.
         cost: score computations for n tokens, for tables, such as "n·w".
     """
@@ -135,6 +137,11 @@ class Part:
     def causal_safe(self) -> bool:
         """Whether no output depends on a later token when built causal."""
         return True
+
+    @property
+    def takes_position_bias(self) -> bool:
+        """Whether further channels of queries and keys are a bias on its scores."""
+        return False
 
     @property
     def gives_state(self) -> bool:

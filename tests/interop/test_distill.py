@@ -109,6 +109,46 @@ def test_recomputed_layers_give_the_same_training(make_model: Any) -> None:
     assert histories[0][0].layers > first / 2 > 0
 
 
+def test_kept_targets_give_the_same_training() -> None:
+    """And the original is asked once for each window."""
+    original, ids, asked = dense(), spans(2), 0
+
+    def count(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+
+    handle = original.model.register_forward_hook(count)
+    histories, numbers = [], []
+    for keep in (False, True):
+        tuner = Tuner(coarse(), original, ids, TuneConfig(steps=6, lora=2, keep_targets=keep))
+        asked = 0
+        tuner.run()
+        histories.append(tuner.history)
+        numbers.append(asked)
+    handle.remove()
+    assert numbers == [6, 2]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("layer_weight", [0.0, 1.0])
+def test_bfloat16_training_is_training(layer_weight: float) -> None:
+    """Its losses are those of float32 to three digits, and what it leaves behind is float32."""
+    original, histories = dense(), []
+    for precision in ("float32", "bfloat16"):
+        model = coarse()
+        config = TuneConfig(steps=4, lora=2, precision=precision, keep_targets=True, layer_weight=layer_weight)
+        tuner = Tuner(model, original, spans(2), config)
+        tuner.run()
+        histories.append(tuner.history)
+        tuner.finish(keep=True)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    exact, low = (torch.tensor([losses.divergence for losses in history]) for history in histories)
+    # bfloat16 keeps 8 bits: logits move by their 2 ** -8, which the divergence feels to second order, and its
+    # products with what is apart to first.
+    torch.testing.assert_close(low, exact, rtol=0.1, atol=2**-12)
+    assert not torch.equal(low, exact)
+
+
 def test_training_brings_a_coarse_model_nearer(tmp_path: Path) -> None:
     """On windows that it has not seen; and what is written loads plainly, without far-field parameters."""
     original, model = dense(), coarse()
@@ -256,6 +296,7 @@ def test_a_loss_that_is_not_finite_ends_it() -> None:
         ({"seconds": -1.0}, "seconds=-1.0: a number > 0"),
         ({"steps": 1, "lora": -1}, "lora=-1: a number >= 0"),
         ({"steps": 1, "lr": float("nan")}, "lr=nan"),
+        ({"steps": 1, "precision": "half"}, "precision='half': one of float32, bfloat16"),
         ({"steps": 1, "warmup": 1.0}, r"warmup=1.0: a share in \[0, 1\)"),
     ],
 )

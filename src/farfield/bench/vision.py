@@ -43,6 +43,8 @@ COST_FORMAT = "farfield-vision-cost/1"
 RESULTS_FORMAT = "farfield-vision-compare/1"
 _FEW_TOKENS = 4096
 _LR = 2e-3
+LAYER_OPTIONS = ("position_bias", "qk_norm", "dropout", "num_kv_heads")
+"""What every recipe's layer takes, whatever its parts; a part may refuse it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class VisionSettings:
         patch: pixels of a token, per axis or the same on all (in 3-D: of H and W, with 1 in T); None chooses by the
             data: 4 for images from 64 pixels and 2 for smaller ones, for fields 1 up to 4,096 points and 2 above.
         position: see :data:`farfield.models.vision.config.POSITIONS`; None takes "conv" for images, "waves" for fields.
-        options: of the recipes; each recipe gets those that it knows.
+        options: of the recipes; each recipe gets those that it knows, and those of the layer (:data:`LAYER_OPTIONS`).
         latent: of an operator, let the backbone work on the grid of training whatever grid it is asked about.
         batch: examples per step; None takes 32 for classes and 8 otherwise.
         lr: peak learning rate; None takes 0.002.
@@ -91,8 +93,8 @@ class VisionSettings:
     cost_seconds: float | None = 45.0
 
     def recipe_options(self, attention: str) -> dict[str, Any]:
-        """The options that this recipe knows."""
-        known = recipes.options(attention)
+        """The options that this recipe knows, and those of the layer."""
+        known = {*recipes.options(attention), *LAYER_OPTIONS}
         return {name: value for name, value in self.options.items() if name in known}
 
     def model_config(self, attention: str, data: VisionData) -> VisionConfig:
@@ -184,11 +186,12 @@ class VisionSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in self.attentions:
             recipes.get(name)
-        for option in self.options:
-            if not any(option in recipes.options(name) for name in self.attentions) and option not in ("block", "rank"):
+        for option in set(self.options) - {"block", "rank", *LAYER_OPTIONS}:
+            if not any(option in recipes.options(name) for name in self.attentions):
                 known = {name: ", ".join(recipes.options(name)) or "none" for name in self.attentions}
                 listed = "; ".join(f"{name}: {options}" for name, options in known.items())
-                raise ValueError(f"no attention here has an option {option!r}; options are {listed}")
+                layer = f"all take {', '.join(LAYER_OPTIONS)}"
+                raise ValueError(f"no attention here has an option {option!r}; options are {listed}; {layer}")
         self.train_config(data, self.first_seed)
         if self.latent and data.task != "operator":
             raise ValueError(f"latent=True is for fields; {data.source} holds images")

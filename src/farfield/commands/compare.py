@@ -76,7 +76,10 @@ def compare_command(
     option: Annotated[
         list[str] | None,
         typer.Option(
-            "--option", metavar="NAME=VALUE", help="Another option, for the recipes that have it; repeatable."
+            "--option",
+            metavar="NAME=VALUE",
+            help="Another option, for the recipes that have it; of images and fields also position_bias=OCTAVES, for "
+            "all. Repeatable.",
         ),
     ] = None,
     batch: Annotated[

@@ -63,6 +63,15 @@ def distill_command(
         float, typer.Option(help="Weight of the layers' relative squared error beside the divergence.")
     ] = 1.0,
     recompute: Annotated[bool, typer.Option(help="Less memory: compute layers again for the gradient.")] = True,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of products in training: float32, or bfloat16, several times faster where the hardware has it."
+        ),
+    ] = "float32",
+    keep_targets: Annotated[
+        bool, typer.Option(help="Keep the original's answers for windows that come again: memory for time.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of windows, their order, and the low-rank changes.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
@@ -86,7 +95,10 @@ def distill_command(
     tune = None
     if steps != 0:
         seconds = None if minutes is None else 60.0 * minutes
-        tune = TuneConfig(steps, seconds, lora, lr, layer_weight=layer_weight, recompute=recompute, seed=seed)
+        tune = TuneConfig(
+            steps, seconds, lora, lr, layer_weight=layer_weight, recompute=recompute, precision=precision,
+            keep_targets=keep_targets, seed=seed,
+        )  # fmt: skip
     if tune is None and not refit:
         raise ValueError("--no-refit --steps 0: nothing is left to do; leave out one of them")
     _check_out(out, resume)

@@ -64,6 +64,11 @@ class Pooled(FarPart):
             raise ValueError("Pooled(bias=True) learns a bias per offset of cells, whose number reach= must bound")
 
     @property
+    def takes_position_bias(self) -> bool:
+        """Without rank, whose maps would mix the channels."""
+        return self.rank is None
+
+    @property
     def cost(self) -> str:
         """Score computations for n tokens."""
         return "n·n/cell per axis" if self.reach is None else "n·(2·reach + 1) per axis"

@@ -147,6 +147,11 @@ class Pyramid(FarPart):
         return bool(self.open) and (self.way[1] > 1 or self.recent > 0)
 
     @property
+    def takes_position_bias(self) -> bool:
+        """Always; a summary carries the mean of its tokens' waves."""
+        return True
+
+    @property
     def cost(self) -> str:
         """Score computations for n tokens."""
         if self.open:

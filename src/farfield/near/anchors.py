@@ -39,6 +39,11 @@ class Anchors(NearPart):
             raise ValueError(f"Anchors(every={self.every!r}): every must be a positive integer")
 
     @property
+    def takes_position_bias(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def cost(self) -> str:
         """Score computations for n tokens."""
         return "n·n/every"

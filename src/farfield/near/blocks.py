@@ -35,6 +35,11 @@ class Blocks(NearPart):
     takes_dropout = True
 
     @property
+    def takes_position_bias(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def cost(self) -> str:
         """Score computations for n tokens."""
         return "n·3·block per axis (causal: n·1.5·block)"

@@ -33,6 +33,11 @@ class Dense(NearPart):
     takes_dropout = True
 
     @property
+    def takes_position_bias(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def cost(self) -> str:
         """Score computations for n tokens."""
         return "n²"

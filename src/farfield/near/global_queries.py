@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield.geometry import per_axis
-from farfield.near.partition import PositionBias
+from farfield.near.partition import TileBias
 from farfield.ops.state import AttentionState
 from farfield.ops.tiling import attend_tiles, tiling
 from farfield.parts import Inputs, LayerSpec, NearPart, Part, by_segment
@@ -67,7 +67,7 @@ class _GlobalQueries(nn.Module):
     def __init__(self, part: GlobalQueries, spec: LayerSpec) -> None:
         super().__init__()
         self.size = per_axis(part.size, spec.dims, "size")
-        self.bias = PositionBias(self.size, spec.num_heads) if part.bias else None
+        self.bias = TileBias(self.size, spec.num_heads) if part.bias else None
         width = spec.num_heads * spec.head_dim
         layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spec.dims - 1]
         self.conv = layer(width, width, 3, padding=1, groups=width, bias=False)

@@ -15,7 +15,7 @@ from farfield.ops.tiling import Tiling, attend_tiles, offsets, tile_output, tili
 from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
 
-__all__ = ["Partition", "PositionBias"]
+__all__ = ["Partition", "TileBias"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Partition(NearPart):
     def causal_safe(self) -> bool:
         """Without spread."""
         return not self.spread
+
+    @property
+    def takes_position_bias(self) -> bool:
+        """Always; beside its own bias within a tile."""
+        return True
 
     @property
     def cost(self) -> str:
@@ -90,7 +95,7 @@ class Partition(NearPart):
         return _Partition(self, spec)
 
 
-class PositionBias(nn.Module):
+class TileBias(nn.Module):
     """A learned bias per head for every offset between two places of a tile.
 
     Args:
@@ -121,7 +126,7 @@ class _Partition(OutputModule, StreamModule):
     def __init__(self, part: Partition, spec: LayerSpec) -> None:
         super().__init__()
         self.part = part
-        self.bias = PositionBias(per_axis(part.size, spec.dims, "size"), spec.num_heads) if part.bias else None
+        self.bias = TileBias(per_axis(part.size, spec.dims, "size"), spec.num_heads) if part.bias else None
 
     def forward(self, inputs: Inputs) -> AttentionState:
         """Attention with its log-sum-exp."""

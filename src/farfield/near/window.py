@@ -51,6 +51,11 @@ class Window(NearPart):
         return self.dilation is not None
 
     @property
+    def takes_position_bias(self) -> bool:
+        """Without kv_norm, which would mix the channels."""
+        return not self.kv_norm
+
+    @property
     def cost(self) -> str:
         """Score computations for n tokens."""
         return "n·size" if isinstance(self.size, int) else f"n·{'·'.join(map(str, self.size))}"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -14,6 +13,9 @@ __all__ = ["ROWS", "Head", "Yardstick", "divergence", "final_states", "head_of"]
 
 ROWS = 512
 """Tokens whose logits over the vocabulary are held at once."""
+
+FEW = 16
+"""Of these, tokens whose chances are compared at once."""
 
 Head = Callable[[Tensor], Tensor]
 """From final hidden states `[n, width]` to logits `[n, vocabulary]`."""
@@ -66,13 +68,14 @@ class _Divergence(torch.autograd.Function):
         grads: list[Tensor] = []
         for start in range(0, len(states), rows):
             with torch.no_grad():
-                expected = _log_chances(target_head(targets[start : start + rows]))
+                expected = _wide(target_head(targets[start : start + rows]))
             with torch.set_grad_enabled(wanted):
                 piece = states[start : start + rows].detach().requires_grad_(wanted)
-                lost = F.kl_div(_log_chances(head(piece)), expected, reduction="sum", log_target=True)
+                logits = head(piece)
+            given = _wide(logits.detach())
+            total += _between(expected, given)
             if wanted:
-                grads += torch.autograd.grad(lost, piece)
-            total += lost.detach()
+                grads += torch.autograd.grad(logits, piece, given.to(logits.dtype))
         ctx.save_for_backward(*([torch.cat(grads)] if wanted else []))
         # At least float32: a sum over a window is beyond what float16 holds, and bfloat16 knows three digits of it.
         return total.to(torch.promote_types(states.dtype, torch.float32))
@@ -84,8 +87,22 @@ class _Divergence(torch.autograd.Function):
         return grad * upstream, None, None, None, None
 
 
-def _log_chances(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _between(expected: Tensor, given: Tensor) -> Tensor:
+    """The divergence of logits `[n, vocabulary]` from others, summed; its gradient takes the place of ``given``.
+
+    A few rows at a time: they stay in the cache, and the memory that they are made in is used again.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=given.device)
+    for wanted, got in zip(expected.split(FEW), given.split(FEW), strict=True):
+        log_p, log_q = wanted.log_softmax(-1), got.log_softmax(-1)
+        p = log_p.exp()
+        torch.sub(log_q.exp(), p, out=got)
+        total += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64)
+    return total
 
 
 def divergence(states: Tensor, targets: Tensor, head: Head, target_head: Head, rows: int = ROWS) -> Tensor:

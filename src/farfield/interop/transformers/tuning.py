@@ -18,7 +18,10 @@ from farfield.interop.transformers.divergence import divergence, final_states, h
 from farfield.interop.transformers.lora import Adapters, projections, require_peft
 from farfield.interop.transformers.structure import Block, blocks, check_pair, first_output
 
-__all__ = ["Losses", "TuneConfig", "Tuner", "check_tuning", "farfield_parameters"]
+__all__ = ["PRECISIONS", "Losses", "TuneConfig", "Tuner", "check_tuning", "farfield_parameters"]
+
+PRECISIONS = ("float32", "bfloat16")
+"""Of products while training."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class TuneConfig:
         layer_weight: what the mean relative squared error of a layer's output counts beside the divergence.
         clip: norm of the gradient beyond which it is shortened.
         recompute: forget what is inside layers, and compute it again for the gradient: less memory, more time.
+        precision: "float32", or "bfloat16" for products in it (autocast), which processors and cards that multiply
+            bfloat16 by themselves do several times faster; parameters stay as they are.
+        keep_targets: keep what the original gave for a window until the window comes again, in the precision of
+            training: with layer_weight all layers' outputs, otherwise the last. Memory for time.
         seed: of the order of windows and of the low-rank factors.
     """
 
@@ -45,9 +52,13 @@ class TuneConfig:
     layer_weight: float = 1.0
     clip: float = 1.0
     recompute: bool = True
+    precision: str = "float32"
+    keep_targets: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: one of {', '.join(PRECISIONS)} would be accepted")
         if self.steps is None and self.seconds is None:
             raise ValueError("steps=None, seconds=None: at least one of them says when training ends")
         positive = {"steps": self.steps, "seconds": self.seconds, "lr": self.lr, "clip": self.clip}
@@ -121,6 +132,7 @@ class Tuner:
         self.windows = [ids.to(next(model.parameters()).device) for ids in windows]
         self.history: list[Losses] = []
         self.seconds = 0.0
+        self._targets: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._blocks, self._patterns = blocks(model), blocks(original)
         self._heads = head_of(model), head_of(original)
         self._required = {id(p): p.requires_grad for p in model.parameters()}
@@ -143,7 +155,7 @@ class Tuner:
     @property
     def tokens(self) -> int:
         """Tokens trained on, windows that came twice counted twice."""
-        return sum(len(self._window(step)) for step in range(self.step))
+        return sum(len(self.windows[self._place(step)]) for step in range(self.step))
 
     @property
     def fraction(self) -> float:
@@ -235,10 +247,23 @@ class Tuner:
                     moments = {m: state[f"tuner.{m}.{name}"].to(p.device) for m in ("exp_avg", "exp_avg_sq")}
                     self._adam.state[p] = {"step": torch.tensor(float(self.step)), **moments}
 
-    def _window(self, step: int) -> Tensor:
+    def _place(self, step: int) -> int:
+        """Which window a step takes."""
         turn, place = divmod(step, len(self.windows))
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + turn)
-        return self.windows[int(torch.randperm(len(self.windows), generator=generator)[place])]
+        return int(torch.randperm(len(self.windows), generator=generator)[place])
+
+    def _wanted(self, place: int) -> tuple[Tensor, list[Tensor]]:
+        """What the original gives for a window: final states, and the layers' outputs where they count."""
+        if place in self._targets:
+            return self._targets[place]
+        patterns = self._patterns if self.config.layer_weight else []
+        with torch.no_grad(), self._lowered(), _outputs(patterns) as layers:
+            states = final_states(self.original, self.windows[place])
+        if self.config.keep_targets:
+            kept = torch.bfloat16 if self.config.precision == "bfloat16" else states.dtype
+            self._targets[place] = states.to(kept), [x.to(kept) for x in layers]
+        return states, layers
 
     def _shares(self, ahead: float) -> list[float]:
         """Shares of steps and of seconds, so many steps ahead."""
@@ -255,13 +280,16 @@ class Tuner:
             return self.config.lr * max(at / warmup, 0.1)
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup)))
 
+    def _lowered(self) -> torch.autocast:
+        device = next(iter(self.parameters.values())).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
     def _take_step(self) -> Losses:
-        ids, config = self._window(self.step), self.config
-        layers = bool(config.layer_weight)
-        with torch.no_grad(), _outputs(self._patterns if layers else []) as wanted:
-            targets = final_states(self.original, ids)
+        place, config = self._place(self.step), self.config
+        ids, layers = self.windows[place], bool(config.layer_weight)
+        targets, wanted = self._wanted(place)
         forgetting = _recomputed(self._blocks) if config.recompute else nullcontext()
-        with torch.enable_grad(), _outputs(self._blocks if layers else []) as given, forgetting:
+        with torch.enable_grad(), self._lowered(), _outputs(self._blocks if layers else []) as given, forgetting:
             states = final_states(self.model, ids)
             apart = divergence(states, targets, *self._heads) / len(ids)
             pairs = zip(given, wanted, strict=True)
