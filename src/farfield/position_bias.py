@@ -18,7 +18,7 @@ class PositionBias(nn.Module):
 
     b(offset) = sum over axes a and octaves o of c cos(w_o offset_a) + s sin(w_o offset_a), with waves of 4, 8, ...,
     2 ** (octaves + 1) tokens and learned c and s per head, axis and octave; all 0 at first. An offset of the longest
-    wave has the bias of offset 0, so give enough octaves to make it longer than the grid, or the reach of the near field.
+    wave has the bias of offset 0: give enough octaves to make it longer than the grid, or the reach of the near field.
 
     The cosine of a difference is an inner product, so the bias is part of the product of queries and keys once both
     have ``channels`` more: near fields, engines and masks need to know nothing of it, and a summary of keys carries the
