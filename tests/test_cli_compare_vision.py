@@ -46,6 +46,21 @@ def pairs(path: Path) -> Path:
     return path
 
 
+def test_options_of_the_layer_are_for_all_or_refused(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    root, out = folder_by_class(tmp_path / "set", 6), tmp_path / "out"
+    biased = ["compare", root, *TINY, "--batch", "4", "--steps", 2, "--no-cost", "--option", "position_bias=2"]
+    done = invoke(*biased, "--attention", "window,fma", "--out", out)
+    assert done.exit_code == 0, done.output
+    results = json.loads((out / "results.json").read_text())
+    assert all(run["key"]["options"]["position_bias"] == 2 for run in results["runs"])
+    assert "--option position_bias=2" in results["command"]
+    assert (out / "pattern.png").is_file()
+    refused = invoke(*biased, "--attention", "fma,agent", "--out", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "agent: position_bias=2: near=Conv(" in refused.output
+    assert not (tmp_path / "other").exists()
+
+
 def test_images_by_class_are_compared_and_resumed(tmp_path: Path, invoke: Callable[..., Result]) -> None:
     root = folder_by_class(tmp_path / "my set", 6)
     (root / "reds" / "broken.png").write_bytes(encoded(picture((200, 40, 40), (64, 64)))[:200])

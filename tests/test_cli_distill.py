@@ -114,9 +114,15 @@ def test_stopped_and_gone_on_with(
     assert "add --resume" in said.output
     said = invoke(*given, "--out", out, "--resume", "--lr", 0.02)
     assert said.exit_code == 2
-    assert "cannot resume with another training" in said.output
+    assert "cannot resume with another training lr 0.02 (was 0.01); leave" in " ".join(said.output.split())
 
-    said = invoke(*given, "--out", out, "--resume")
+    # As a version without them wrote it: what it did not know was as by default.
+    settings = json.loads((out / "distillation.json").read_text())
+    del settings["training"]["precision"]
+    (out / "distillation.json").write_text(json.dumps(settings))
+    said = invoke(*given, "--out", out, "--resume", "--precision", "bfloat16")
+    assert "training precision 'bfloat16' (was 'float32')" in " ".join(said.output.split())
+    said = invoke(*given, "--out", out, "--resume", "--keep-targets")
     assert said.exit_code == 0, said.output
     assert "refit: " not in said.output
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from farfield import recipes
+from farfield import attention, recipes
 from farfield.attention import Attention
 from farfield.far import Landmarks, Linear, Pooled, Projection, Pyramid
 from farfield.near import Anchors, Blocks, Conv, Dense, Partition, Window
 from farfield.position_bias import PositionBias, places
+from farfield.rope import segment_positions
 
 GRIDS = {1: (23,), 2: (5, 7), 3: (3, 4, 5)}
 
@@ -88,6 +89,37 @@ def test_summaries_of_single_tokens_carry_it_exactly(causal: bool) -> None:
     seen = torch.ones(37, 37, dtype=torch.bool)
     bias = written_out(layer.position_bias.weight.detach(), (37,))
     torch.testing.assert_close(layer(x), attended(layer, x, bias, seen.tril() if causal else seen))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"near": Blocks(4), "far": Pyramid(2, summary=kind, bias=-1.0)} for kind in ("mean", "shared", "pooled")),
+        {"near": Blocks(4), "far": Pyramid(2, summary="learned", grid=(40,), bias=-1.0)},
+        {"near": Window(8), "far": Pooled(4, summary="learned")},
+        {"near": Blocks(4), "far": Pyramid(2, open=2, bias=-1.0)},
+    ],
+    ids=repr,
+)
+def test_it_depends_on_offsets_alone(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the sequence begins, whatever summaries have learned."""
+    layer = biased(causal=True, position_bias=3, **options)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(1, 40, 16, dtype=torch.float64)
+    y = layer(x)
+    monkeypatch.setattr(attention, "segment_positions", lambda *given: segment_positions(*given) + 5)
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_ready_queries_and_states_of_other_widths_are_refused() -> None:
+    layer, plain = (Attention(16, 2, near=Dense(), causal=True, position_bias=octaves) for octaves in (4, None))
+    x = torch.zeros(1, 3, 16)
+    with pytest.raises(ValueError, match="8 channels per head, the layer works on 16, 8 of them the waves"):
+        layer.attend(plain._inputs(x, None, None, None))
+    wide = Attention(16, 2, near=Dense(), causal=True, head_dim=16)
+    with pytest.raises(ValueError, match="made for another layer"):
+        wide.step(x, layer.stream())
 
 
 def test_it_begins_as_no_bias_and_learns() -> None:

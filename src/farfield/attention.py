@@ -39,7 +39,14 @@ class _Mixing(nn.Module):
         self.merge = merge.build(spec) if both else None
 
     def attend(self, inputs: Inputs) -> Tensor:
-        """The layer between its projections, for whoever has queries, keys and values already: `[B, Hq, N, D]`."""
+        """The layer between its projections, for whoever has queries, keys and values already: `[B, Hq, N, D]`.
+
+        A position bias is part of the projections: its waves are the last channels of D.
+
+        Raises:
+            ValueError: when D is not the width that the parts were built for.
+        """
+        self._check_width(inputs)
         if self.near is not None and self.far is not None and self.merge is not None:
             out: Tensor = self.merge(self.near(inputs), self.far(inputs), inputs.x)
             return out
@@ -64,8 +71,15 @@ class _Mixing(nn.Module):
         why = self.why_no_state
         if why is not None:
             raise ValueError(f"there is no log-sum-exp of this attention: {why}")
+        self._check_width(inputs)
         states: list[AttentionState] = [part(inputs) for part in (self.near, self.far) if part is not None]
         return merge_states(*states)
+
+    def _check_width(self, inputs: Inputs) -> None:
+        given, wanted = inputs.q.shape[-1], self.spec.head_dim
+        if given != wanted:
+            waves = f", {self.spec.waves} of them the waves of its position bias" if self.spec.waves else ""
+            raise ValueError(f"queries have {given} channels per head, the layer works on {wanted}{waves}")
 
     def _only(self, inputs: Inputs) -> Tensor:
         """The output of the one part there is; some have a faster way to it when nobody needs the log-sum-exp."""
@@ -138,8 +152,9 @@ class Attention(_Mixing):
         dims: 1 (sequence), 2 (image) or 3 (video, volume).
         rope: base of a rotary embedding of queries and keys, such as 10000.0; 1-D. None for no rotation.
         position_bias: octaves of a learned bias per head by offset along every axis, which starts at 0, see
-            :class:`farfield.position_bias.PositionBias`: waves of 4 to 2 ** (position_bias + 1) tokens. Each costs two
-            more channels of a head per axis. For parts that score tokens or summaries of them. None for no bias.
+            :class:`farfield.position_bias.PositionBias`: waves of 4 to 2 ** (position_bias + 1) tokens, after which it
+            repeats. Each costs two more channels of a head per axis. For parts that score tokens or means of them.
+            None for no bias.
         qkv_bias: biases in the projection to queries, keys and values.
         proj_bias: biases in the output projection.
         qk_norm: an RMSNorm over the channels of every query and key head.
@@ -190,9 +205,12 @@ class Attention(_Mixing):
             self.position_bias = None
             if position_bias is not None:
                 self.position_bias = PositionBias(spec.num_heads, spec.dims, position_bias)
-                spec = replace(spec, head_dim=spec.head_dim + self.position_bias.channels)
+                waves = self.position_bias.channels
+                spec = replace(spec, head_dim=spec.head_dim + waves, waves=waves)
             self._assemble(spec, near, far, chosen)
         self._description = f"{self.extra_repr()}, head_dim={spec.head_dim}, rope={self.rope}"
+        if position_bias is not None:
+            self._description += f", position_bias={position_bias}"
         if dtype is not None:
             self.to(dtype)
 
@@ -283,6 +301,7 @@ class Attention(_Mixing):
 
     def attend_step(self, inputs: Inputs, state: StreamState, *, present: Tensor | None = None) -> Tensor:
         """The step between the projections: `[B, Hq, T, D]`; see :meth:`farfield.streaming.Decoder.step`."""
+        self._check_width(inputs)
         return self._decoder().step(inputs, state, present)
 
     def _mixed(self, out: Tensor) -> Tensor:

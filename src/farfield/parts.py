@@ -41,6 +41,7 @@ class LayerSpec:
         head_dim: channels per head.
         causal: whether token i may depend on tokens 0..i only.
         dims: 1 (sequence), 2 (image) or 3 (video, volume).
+        waves: of the channels, the last ones that hold the waves of a position bias; a summary takes their means.
     """
 
     dim: int
@@ -49,6 +50,7 @@ class LayerSpec:
     head_dim: int
     causal: bool = False
     dims: int = 1
+    waves: int = 0
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Inputs:
     """What the layer hands to its parts. Tokens lie in row-major order over the grid.
 
     Attributes:
-        q: `[B, Hq, N, D]`, not rotated.
+        q: `[B, Hq, N, D]`, not rotated; D is the `head_dim` of the spec, the waves of a position bias included.
         k: `[B, Hkv, N, D]`, not rotated; 0 at hidden tokens, which is made so here.
         v: `[B, Hkv, N, D]`, as k.
         x: `[B, N, dim]`, the layer's input; finite at hidden tokens.
@@ -68,7 +70,7 @@ class Inputs:
         scale: factor on the scores.
         dropout: probability of dropping an attention weight; 0 in evaluation.
         rope: rotary embedding, or None.
-        positions: `[N]` or `[B, N]`, for the rotation; restart in every packed segment. None without rope.
+        positions: `[N]` or `[B, N]`, for the rotation; restart in every packed segment. Not read without rope.
     """
 
     q: Tensor

@@ -22,7 +22,7 @@ class PositionBias(nn.Module):
 
     The cosine of a difference is an inner product, so the bias is part of the product of queries and keys once both
     have ``channels`` more: near fields, engines and masks need to know nothing of it, and a summary of keys carries the
-    mean of their waves (weighed like all channels, where a pyramid learns weights), so that long waves reach the far
+    mean of their waves (by weights of its tokens, where those depend on the data), so that long waves reach the far
     field and short ones cancel in it. Values get as many zeros, which cost time and memory like channels of a head.
 
     Args:

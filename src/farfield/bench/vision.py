@@ -190,7 +190,7 @@ class VisionSettings:
             if not any(option in recipes.options(name) for name in self.attentions):
                 known = {name: ", ".join(recipes.options(name)) or "none" for name in self.attentions}
                 listed = "; ".join(f"{name}: {options}" for name, options in known.items())
-                layer = f"all take {', '.join(LAYER_OPTIONS)}"
+                layer = f"of every layer {', '.join(LAYER_OPTIONS)}"
                 raise ValueError(f"no attention here has an option {option!r}; options are {listed}; {layer}")
         self.train_config(data, self.first_seed)
         if self.latent and data.task != "operator":
@@ -198,8 +198,8 @@ class VisionSettings:
         for name in self.attentions:
             try:
                 model = VisionModel(self.model_config(name, data)).to(self.device)
-            except TypeError as error:
-                raise ValueError(str(error)) from error
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: {error}") from error
             for source in data.tests.values():
                 x = torch.zeros(1, data.channels, *source.grid, device=self.device)
                 try:

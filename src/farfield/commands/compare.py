@@ -78,8 +78,8 @@ def compare_command(
         typer.Option(
             "--option",
             metavar="NAME=VALUE",
-            help="Another option, for the recipes that have it; of images and fields also position_bias=OCTAVES, for "
-            "all. Repeatable.",
+            help="Another option, for the recipes that have it; of images and fields also position_bias=OCTAVES, "
+            "where all attentions take it. Repeatable.",
         ),
     ] = None,
     batch: Annotated[

@@ -30,7 +30,7 @@ _SETTINGS, _STATE = "distillation.json", "distillation.safetensors"
 _SAVE_EVERY = 60.0
 """Seconds between two states saved."""
 
-_ENDS = ("steps", "seconds")
+_ENDS = ("steps", "seconds", "keep_targets")
 """Settings that may be others when a run is resumed."""
 
 
@@ -70,7 +70,11 @@ def distill_command(
         ),
     ] = "float32",
     keep_targets: Annotated[
-        bool, typer.Option(help="Keep the original's answers for windows that come again: memory for time.")
+        bool,
+        typer.Option(
+            help="Keep the original's answers for windows that come again: the states of all layers and tokens. Memory "
+            "for time."
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of windows, their order, and the low-rank changes.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -194,6 +198,18 @@ def _fingerprint(model: Any, original: Any, windows: Windows) -> str:
     return hashlib.sha256(json.dumps([sums, ids]).encode()).hexdigest()
 
 
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those of training each by its own name; what an older version did not know was as by default."""
+    from farfield.interop.transformers.tuning import TuneConfig
+
+    training = settings.get("training")
+    if not isinstance(training, dict):
+        return settings
+    plain = {name: value for name, value in vars(TuneConfig(steps=1)).items() if name not in _ENDS}
+    named = {f"training {name}": value for name, value in {**plain, **training}.items()}
+    return {**{name: value for name, value in settings.items() if name != "training"}, **named}
+
+
 class _States:
     """The state of a run in its folder: settings as JSON, and one safetensors file that is replaced at once."""
 
@@ -230,11 +246,8 @@ class _States:
             before = json.loads(self.settings.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{self.settings} is damaged: {error}") from error
-        others = [
-            f"{name} {settings[name]!r} (was {before.get(name)!r})"
-            for name in settings
-            if settings[name] != before.get(name)
-        ]
+        now, then = _flat(settings), _flat(before)
+        others = [f"{name} {now[name]!r} (was {then.get(name)!r})" for name in now if now[name] != then.get(name)]
         if others:
             raise ValueError(
                 f"cannot resume with another {', '.join(others)}; leave these as they were, or give another --out"

@@ -109,11 +109,13 @@ class CellWeights(nn.Module):
         size: places of a full cell per axis.
         heads: heads of what is weighed.
         head_dim: channels per head.
+        waves: of these, the last ones that are always averaged.
     """
 
-    def __init__(self, size: tuple[int, ...], heads: int, head_dim: int) -> None:
+    def __init__(self, size: tuple[int, ...], heads: int, head_dim: int, waves: int = 0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, *size, head_dim))
+        self.waves = waves
+        self.weight = nn.Parameter(torch.empty(heads, *size, head_dim - waves))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,7 +125,7 @@ class CellWeights(nn.Module):
     def forward(self, grid: tuple[int, ...]) -> Tensor:
         """`[heads, M, head_dim]` for the M places of a cell of this grid, where a short axis has fewer."""
         places = tuple(slice(min(s, n)) for s, n in zip(self.weight.shape[1:-1], grid, strict=True))
-        return self.weight[(slice(None), *places)].flatten(1, -2)
+        return F.pad(self.weight[(slice(None), *places)].flatten(1, -2), (0, self.waves), value=1.0)
 
 
 class _Pooled(OutputModule, StreamModule):
@@ -133,8 +135,8 @@ class _Pooled(OutputModule, StreamModule):
         cell, reach = per_axis(part.cell, spec.dims, "cell"), part.reaches(spec.dims)
         heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         learned = part.summary == "learned"
-        self.key_weights = CellWeights(cell, kv_heads, dim) if learned else None
-        self.value_weights = CellWeights(cell, kv_heads, dim) if learned else None
+        self.key_weights = CellWeights(cell, kv_heads, dim, spec.waves) if learned else None
+        self.value_weights = CellWeights(cell, kv_heads, dim, spec.waves) if learned else None
         self.query_map = self.key_map = None
         if part.rank is not None:
             self.query_map = nn.Parameter(torch.randn(heads, dim, part.rank) / math.sqrt(dim))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farfield.geometry import Geometry, default_levels, geometry, integers, per_axis
@@ -232,7 +233,8 @@ class _Pyramid(StreamModule):
         if options.open_bias is not None:
             self.page_bias = nn.Parameter(torch.empty(spec.num_heads))
         self.weights = nn.ParameterDict()
-        heads, width = spec.num_kv_heads, spec.head_dim
+        self.waves = spec.waves
+        heads, width = spec.num_kv_heads, spec.head_dim - spec.waves
         if options.summary == "shared":
             for name, value in averaging(shape, heads, width)._asdict().items():
                 self.weights[name] = nn.Parameter(torch.empty_like(value))
@@ -272,15 +274,22 @@ class _Pyramid(StreamModule):
         if self.options.summary == "shared":
             # Stored relative to averaging: while the far field is quiet, Adam turns its tiny gradients into full
             # steps, which are small beside 1 but not beside 1 / size.
-            return SharedSummary(*(w[name] / w[name].shape[1] for name in SharedSummary._fields))
+            whole = {name: F.pad(w[name], (0, self.waves), value=1.0) for name in SharedSummary._fields}
+            return SharedSummary(*(x / x.shape[1] for x in whole.values()))
         if self.options.summary == "pooled":
-            return PooledSummary(w["query"])
+            return PooledSummary(F.pad(w["query"], (0, self.waves)))
         if self.options.summary == "learned":
-            names = ("key_weight", "key_bias", "value_weight", "value_bias")
-            return LearnedSummary(
-                tuple(LevelWeights(*(w[f"{n}_{i}"] for n in names)) for i in range(1, self.shape.levels + 1))
-            )
+            return LearnedSummary(tuple(self._level(i) for i in range(1, self.shape.levels + 1)))
         return "mean"
+
+    def _level(self, level: int) -> LevelWeights:
+        """The weights of one level; waves of a position bias are averaged."""
+        weights = [self.weights[f"{side}_weight_{level}"] for side in ("key", "value")]
+        biases = [F.pad(self.weights[f"{side}_bias_{level}"], (0, self.waves)) for side in ("key", "value")]
+        if self.waves:
+            taps = _averaging_taps(self.shape, level).to(weights[0])[:, None].expand(-1, self.waves, -1)
+            weights = [torch.cat((weight, taps), 1) for weight in weights]
+        return LevelWeights(weights[0], biases[0], weights[1], biases[1])
 
     def biases(self) -> Tensor | None:
         """[levels, query heads] the bias of each level and head; None without."""

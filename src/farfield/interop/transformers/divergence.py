@@ -18,7 +18,7 @@ FEW = 16
 """Of these, tokens whose chances are compared at once."""
 
 Head = Callable[[Tensor], Tensor]
-"""From final hidden states `[n, width]` to logits `[n, vocabulary]`."""
+"""From final hidden states `[n, width]` to logits `[n, vocabulary]`, newly made: they are written to."""
 
 
 def final_states(model: Any, ids: Tensor) -> Tensor:

@@ -37,10 +37,11 @@ class TuneConfig:
         layer_weight: what the mean relative squared error of a layer's output counts beside the divergence.
         clip: norm of the gradient beyond which it is shortened.
         recompute: forget what is inside layers, and compute it again for the gradient: less memory, more time.
-        precision: "float32", or "bfloat16" for products in it (autocast), which processors and cards that multiply
-            bfloat16 by themselves do several times faster; parameters stay as they are.
-        keep_targets: keep what the original gave for a window until the window comes again, in the precision of
-            training: with layer_weight all layers' outputs, otherwise the last. Memory for time.
+        precision: "float32" for products in the model's own dtype, or "bfloat16" for products in it (autocast), which
+            processors and cards that multiply bfloat16 by themselves do several times faster; parameters stay as they
+            are, what the original gives is rounded to it.
+        keep_targets: keep what the original gave for a window until the window comes again: with layer_weight all
+            layers' outputs, (layers + 1) * N * width numbers, otherwise the last. The same training, memory for time.
         seed: of the order of windows and of the low-rank factors.
     """
 
@@ -98,6 +99,8 @@ def check_tuning(model: Any, original: Any, windows: Sequence[Tensor], config: T
     check_pair(original, model)
     if not windows:
         raise ValueError("no windows to train on: at least one is needed")
+    if config.precision == "bfloat16" and any(p.dtype == torch.float64 for p in model.parameters()):
+        raise ValueError("precision='bfloat16' with a model in float64: 'float32', its own precision, would do")
     if config.lora:
         require_peft(config.lora)
         projections(model)
@@ -208,6 +211,7 @@ class Tuner:
             with torch.no_grad():
                 for name, p in farfield_parameters(self.model).items():
                     p.copy_(self._began[name])
+        self._targets.clear()
         for p in self.model.parameters():
             p.grad = None
             p.requires_grad_(self._required.get(id(p), True))
@@ -260,10 +264,13 @@ class Tuner:
         patterns = self._patterns if self.config.layer_weight else []
         with torch.no_grad(), self._lowered(), _outputs(patterns) as layers:
             states = final_states(self.original, self.windows[place])
-        if self.config.keep_targets:
-            kept = torch.bfloat16 if self.config.precision == "bfloat16" else states.dtype
-            self._targets[place] = states.to(kept), [x.to(kept) for x in layers]
-        return states, layers
+        dtype = torch.bfloat16 if self.config.precision == "bfloat16" else states.dtype
+        found = states.to(dtype), [x.to(dtype) for x in layers]
+        # Where there is another round; a window that does not come again is not kept.
+        comes_again = self.config.steps is None or self.step + len(self.windows) < self.config.steps
+        if self.config.keep_targets and comes_again:
+            self._targets[place] = found
+        return found
 
     def _shares(self, ahead: float) -> list[float]:
         """Shares of steps and of seconds, so many steps ahead."""
