@@ -14,6 +14,7 @@ from typer.testing import Result
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
+from farfield.interop.transformers import evaluate  # noqa: E402
 from farfield.interop.transformers.evaluate import passkey, passkey_prompt  # noqa: E402
 from farfield.interop.transformers.texts import spread, windows  # noqa: E402
 from support.tiny_models import make  # noqa: E402
@@ -156,6 +157,35 @@ def test_a_passkey_lies_where_it_should() -> None:
         asked = len("\nWhat is the pass key? The pass key is 12345")
         hidden = len("\nThe pass key is 12345. Remember it: 12345 is the pass key.\n")
         assert prompt.index("\nThe pass key is") == round(depth * (600 - asked - hidden))
+
+
+def test_every_trial_hides_its_key_in_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+
+    def seen(reader: Any, filler: str, length: int, depth: float, seed: str) -> tuple[torch.Tensor, int]:
+        ids, digits = passkey_prompt(reader, filler, length, depth, seed)
+        prompts.append(reader.decode(ids))
+        return ids, digits
+
+    class Mute(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = transformers.LlamaConfig()
+            self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+        def forward(self, ids: torch.Tensor, use_cache: bool) -> Any:
+            return transformers.modeling_outputs.CausalLMOutput(logits=torch.zeros(*ids.shape, 257))
+
+    monkeypatch.setattr(evaluate, "passkey_prompt", seen)
+    text = "".join(f"{number:05d} " for number in range(1000))
+    passkey(Mute(), tokenizer(), text, 300, [0.0], 4, seed=0)
+    passkey(Mute(), tokenizer(), text, 300, [0.0], 1, seed=0)
+    stretches = [prompt.split(" is the pass key.\n")[1].split("\nWhat")[0] for prompt in prompts]
+    assert stretches[0] == stretches[4] and stretches[0].startswith("00000 ")
+    assert len(set(stretches)) == 4 and [text.index(stretch) for stretch in stretches[1:4]] == [1500, 3000, 4500]
 
 
 def test_who_knows_the_key_has_all_digits_right() -> None:

@@ -47,7 +47,9 @@ def eval_command(
     passkey: Annotated[
         bool, typer.Option("--passkey", help="Also hide keys of five digits in the first text.")
     ] = False,
-    trials: Annotated[int, typer.Option(min=1, help="Keys for each length and depth.")] = 3,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Keys for each length and depth, each in another stretch of the text.")
+    ] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the keys.")] = 0,
     decode: Annotated[
         int, typer.Option(metavar="N", min=0, help="Also go on for N tokens, one by one, from each length.")

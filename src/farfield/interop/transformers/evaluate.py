@@ -28,6 +28,10 @@ _HEADED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Entries of a config that change logits after the output embedding."""
 
 
+_STRETCH = 5
+"""Characters of text for each token of a prompt, from where one trial's text begins to where the next one's does."""
+
+
 @dataclass
 class Result:
     """What one model gave on the windows of one text at one length.
@@ -225,7 +229,7 @@ def passkey(
 
     Args:
         model, tokenizer: to ask.
-        filler: text to hide keys in, repeated where it is short.
+        filler: text to hide keys in: every trial its own stretch, from the beginning on where it is short.
         length: tokens of prompt and answer together.
         depths: where, from 0 to 1.
         trials: keys for each depth.
@@ -236,7 +240,8 @@ def passkey(
     for depth in depths:
         right: list[Tensor] = []
         for trial in range(trials):
-            ids, answer = passkey_prompt(tokenizer, filler, length, depth, f"{seed}/{depth}/{trial}")
+            stretch = filler[trial * _STRETCH * length % max(len(filler), 1) :] + filler
+            ids, answer = passkey_prompt(tokenizer, stretch, length, depth, f"{seed}/{depth}/{trial}")
             ids = ids.to(device)
             guesses = torch.cat([logits.argmax(-1) for _, logits in _answers(model, ids).logits()])
             right.append((guesses[-answer:] == ids[-answer:]).float().cpu())
