@@ -115,7 +115,7 @@ def test_it_depends_on_offsets_alone(options: dict[str, Any], monkeypatch: pytes
 def test_ready_queries_and_states_of_other_widths_are_refused() -> None:
     layer, plain = (Attention(16, 2, near=Dense(), causal=True, position_bias=octaves) for octaves in (4, None))
     x = torch.zeros(1, 3, 16)
-    with pytest.raises(ValueError, match="8 channels per head, the layer works on 16, 8 of them the waves"):
+    with pytest.raises(ValueError, match="8 channels per head, the layer works on 16, the last 8 of them"):
         layer.attend(plain._inputs(x, None, None, None))
     wide = Attention(16, 2, near=Dense(), causal=True, head_dim=16)
     with pytest.raises(ValueError, match="made for another layer"):

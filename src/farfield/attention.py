@@ -44,7 +44,7 @@ class _Mixing(nn.Module):
         A position bias is part of the projections: its waves are the last channels of D.
 
         Raises:
-            ValueError: when D is not the width that the parts were built for.
+            ValueError: when they are missing.
         """
         self._check_width(inputs)
         if self.near is not None and self.far is not None and self.merge is not None:
@@ -76,10 +76,13 @@ class _Mixing(nn.Module):
         return merge_states(*states)
 
     def _check_width(self, inputs: Inputs) -> None:
-        given, wanted = inputs.q.shape[-1], self.spec.head_dim
-        if given != wanted:
-            waves = f", {self.spec.waves} of them the waves of its position bias" if self.spec.waves else ""
-            raise ValueError(f"queries have {given} channels per head, the layer works on {wanted}{waves}")
+        """Without a position bias parts take any width; with one its waves must be there."""
+        given, wanted, waves = inputs.q.shape[-1], self.spec.head_dim, self.spec.waves
+        if waves and given != wanted:
+            raise ValueError(
+                f"queries have {given} channels per head, the layer works on {wanted}, the last {waves} of them the "
+                "waves of its position bias"
+            )
 
     def _only(self, inputs: Inputs) -> Tensor:
         """The output of the one part there is; some have a faster way to it when nobody needs the log-sum-exp."""
