@@ -159,6 +159,21 @@ def test_a_passkey_lies_where_it_should() -> None:
         assert prompt.index("\nThe pass key is") == round(depth * (600 - asked - hidden))
 
 
+class Mute(torch.nn.Module):
+    """A model that finds every token equally likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = transformers.LlamaConfig()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(self, ids: torch.Tensor, use_cache: bool) -> Any:
+        return transformers.modeling_outputs.CausalLMOutput(logits=torch.zeros(*ids.shape, 257))
+
+
 def test_every_trial_hides_its_key_in_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[str] = []
 
@@ -166,18 +181,6 @@ def test_every_trial_hides_its_key_in_text_of_its_own(monkeypatch: pytest.Monkey
         ids, digits = passkey_prompt(reader, filler, length, depth, seed)
         prompts.append(reader.decode(ids))
         return ids, digits
-
-    class Mute(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = transformers.LlamaConfig()
-            self.anchor = torch.nn.Parameter(torch.zeros(1))
-
-        def get_output_embeddings(self) -> None:
-            return None
-
-        def forward(self, ids: torch.Tensor, use_cache: bool) -> Any:
-            return transformers.modeling_outputs.CausalLMOutput(logits=torch.zeros(*ids.shape, 257))
 
     monkeypatch.setattr(evaluate, "passkey_prompt", seen)
     text = "".join(f"{number:05d} " for number in range(1000))
@@ -191,15 +194,7 @@ def test_every_trial_hides_its_key_in_text_of_its_own(monkeypatch: pytest.Monkey
 def test_who_knows_the_key_has_all_digits_right() -> None:
     """A model that repeats what followed the last two tokens the first time they were there."""
 
-    class Copy(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = transformers.LlamaConfig()
-            self.anchor = torch.nn.Parameter(torch.zeros(1))
-
-        def get_output_embeddings(self) -> None:
-            return None
-
+    class Copy(Mute):
         def forward(self, ids: torch.Tensor, use_cache: bool) -> Any:
             logits = torch.zeros(*ids.shape, 257)
             row = ids[0].tolist()
