@@ -112,6 +112,21 @@ def test_it_depends_on_offsets_alone(options: dict[str, Any], monkeypatch: pytes
     torch.testing.assert_close(layer(x), y)
 
 
+@pytest.mark.parametrize("kind", ["shared", "pooled", "learned"])
+def test_every_summary_carries_the_mean_of_the_waves(kind: str) -> None:
+    """Before it has learned anything, and so equals the summary that is a mean, bias included."""
+    grid = (40,) if kind == "learned" else None
+    options: dict[str, Any] = {"causal": True, "position_bias": 3, "near": Blocks(4)}
+    mean, layer = (
+        biased(**options, far=Pyramid(2, summary=summary, grid=made_for, bias=-1.0))
+        for summary, made_for in (("mean", None), (kind, grid))
+    )
+    assert mean.position_bias is not None and layer.position_bias is not None
+    layer.position_bias.load_state_dict(mean.position_bias.state_dict())
+    x = torch.randn(1, 40, 16, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), mean(x))
+
+
 def test_ready_queries_and_states_of_other_widths_are_refused() -> None:
     layer, plain = (Attention(16, 2, near=Dense(), causal=True, position_bias=octaves) for octaves in (4, None))
     x = torch.zeros(1, 3, 16)
