@@ -64,7 +64,7 @@ LAYERS: dict[str, dict[str, Any]] = {
                 ),
                 ((1,), far.Pyramid(2, bias=-1.0, sinks=3)),
             ),
-            background=(0.5, 1.0, None, -1.0),
+            expansion=far.Expansion.of((0, 1, 3), (0.5, 1.0, -1.0), torch.ones(3, 2, 4).cumsum(1)),
         ),
     },
     "blocks": {"near": near.Blocks(5)},

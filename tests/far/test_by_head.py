@@ -12,7 +12,7 @@ from torch import Tensor
 
 import farfield as ff
 from farfield.attention import ReadyAttention
-from farfield.far import ByHead, Pyramid
+from farfield.far import ByHead, Expansion, Pyramid
 from farfield.near import Blocks
 from farfield.ops.multipole import multipole_attention
 from farfield.parts import Inputs, LayerSpec
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_heads_alone() -> None:
 
 
 def test_no_head_sees_the_future() -> None:
-    given, far = inputs(), ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), background=BACKGROUND)
+    given, far = inputs(), ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), expansion=EXPANSION)
     before = attend(far, given)
     given.k[:, :, 50:] += 5.0
     given.v[:, :, 50:] -= 3.0
@@ -96,71 +96,41 @@ def test_no_head_sees_the_future() -> None:
     assert not torch.allclose(after[:, :, 50:], before[:, :, 50:])
 
 
-BACKGROUND = (0.5, None, -1.0, 2.0, 0.0, 1.5)
+EXPANSION = Expansion.of(
+    (0, 2, 3, 5), (0.5, -1.0, 0.0, 1.5), torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(3))
+)
 
 
-@pytest.mark.parametrize("grid", [(90,), (11,), (17,), (9, 21)], ids=str)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_background_is_one_cell_of_all_that_is_far(grid: tuple[int, ...], causal: bool, masked: bool) -> None:
-    """Against loops over queries: the near field's tokens one by one, and the mean of all others that count."""
-    if causal and len(grid) > 1:
-        return
-    number = math.prod(grid)
-    mask = torch.rand(2, number) < 0.7 if masked else None
-    given = replace(inputs(number, causal, key_mask=mask), grid=grid)
-    if mask is not None:  # what is hidden may be anything
-        hidden = ~mask[:, None, :, None]
-        given = replace(given, k=given.k.masked_fill(hidden, torch.nan), v=given.v.masked_fill(hidden, torch.nan))
-    block = 8 if len(grid) == 1 else (4, 4)
-    spec = LayerSpec(24, 6, 2, 4, causal=causal, dims=len(grid))
-    part = ReadyAttention(spec, near=Blocks(block), far=ByHead(sinks=3, background=BACKGROUND)).double()
-    got = part.attend(given)
-    place = torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"), -1).view(number, -1)
-    blocks = place // torch.tensor(block)
-    for b in range(2):
-        for h in range(6):
-            k, v = given.k[b, h // 3], given.v[b, h // 3]
-            for i in range(0, number, 7):
-                shown = torch.ones(number, dtype=torch.bool) if mask is None else mask[b].clone()
-                near = ((blocks - blocks[i]).abs() <= 1).all(-1)
-                if causal:
-                    shown &= torch.arange(number) <= i
-                far = shown & ~near
-                far[:3] = False
-                own = shown & ~far
-                scores, values = 0.9 * k[own] @ given.q[b, h, i], v[own]
-                if far.any() and BACKGROUND[h] is not None:
-                    score = 0.9 * k[far].mean(0) @ given.q[b, h, i] + far.sum().log() + BACKGROUND[h]
-                    scores, values = torch.cat([scores, score[None]]), torch.cat([values, v[far].mean(0)[None]])
-                expected = scores.softmax(0) @ values if len(scores) else torch.zeros(4, dtype=torch.float64)
-                torch.testing.assert_close(got[b, h, i], expected)
-
-
-def test_a_background_in_packed_sequences_and_beside_groups() -> None:
-    """Packed sequences are apart; a background joins what the groups see; gradients reach every token before."""
-    far = ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), background=BACKGROUND)
+def test_an_expansion_is_one_more_cell_for_its_heads() -> None:
+    """Beside near field and groups, in one softmax; the other heads are as without it; packed sequences are apart."""
+    far = ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), expansion=EXPANSION)
     given = inputs()
+    got, without = attend(far, given), attend(replace(far, expansion=None), given)
+    torch.testing.assert_close(got[:, [1, 4]], without[:, [1, 4]])
+    torch.testing.assert_close(got[:, :, :16], without[:, :, :16])
+    assert all(not torch.allclose(got[:, h, 20:], without[:, h, 20:]) for h in EXPANSION.heads)
     packed = attend(far, replace(given, cu_seqlens=torch.tensor([0, 37, 90])))
     for start, stop in ((0, 37), (37, 90)):
         alone = {name: getattr(given, name)[:, :, start:stop] for name in ("q", "k", "v")}
         part = replace(given, **alone, x=given.x[:, start:stop], grid=(stop - start,))
         torch.testing.assert_close(packed[:, :, start:stop], attend(far, part))
-    without = attend(replace(far, background=None), given)
-    assert not torch.allclose(attend(far, given)[:, 0, 20:], without[:, 0, 20:])
-    torch.testing.assert_close(attend(far, given)[:, 1], without[:, 1])
-    given.v.requires_grad_()
-    attend(replace(far, groups=()), given)[:, :, 80].sum().backward()
-    assert given.v.grad is not None
-    assert (given.v.grad[:, :, :81] != 0).all()
-    assert not given.v.grad[:, :, 81:].any()
 
 
-@pytest.mark.parametrize("sinks", [0, 3, 11])
+def test_an_expansion_about_the_queries_themselves_is_exact_where_keys_are_one() -> None:
+    """Far keys that are all alike have no spread to expand: the joint softmax is that of exact attention."""
+    given = inputs()
+    given.k[:] = given.k[:, :, :1]
+    far = ByHead(sinks=3, expansion=Expansion.of(tuple(range(6)), (0.0,) * 6, torch.randn(6, 2, 4)))
+    torch.testing.assert_close(attend(far, given), ReadyAttention(SPEC, near=ff.near.Dense()).attend(given))
+
+
+@pytest.mark.parametrize("groups", [(), (((4, 0), OPENED), ((3, 1), PLAIN))], ids=["near", "opened"])
+@pytest.mark.parametrize("sinks", [3, 11])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 33])
-def test_a_background_streams(sinks: int, chunk: int) -> None:
+def test_an_expansion_streams(groups: Any, sinks: int, chunk: int) -> None:
     """In chunks from the first token on, with tokens taken back across the border of a block."""
-    far = ByHead(sinks=sinks, background=BACKGROUND)
+    groups = tuple((heads, replace(p, sinks=sinks)) for heads, p in groups)
+    far = ByHead(groups, sinks=sinks, expansion=EXPANSION)
     layer = ff.Attention(24, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).double().eval()
     x = torch.randn(2, 75, 24, dtype=torch.float64)
     with torch.no_grad():
@@ -222,8 +192,15 @@ def test_parts_compare_and_print() -> None:
         (lambda: ByHead((((6,), PLAIN),)).check(SPEC, Blocks(8)), r"heads \[6\] in a layer of 6"),
         (lambda: ByHead((((0,), PLAIN),)).check(SPEC, ff.near.Dense()), r"use near=Blocks"),
         (lambda: ByHead((((0,), Pyramid(3)),)).check(SPEC, Blocks(8)), "rank=3"),
-        (lambda: ByHead(background=(1.0,)).check(SPEC, Blocks(8)), "has 1 biases in a layer of 6 heads"),
-        (lambda: ByHead(background=(math.inf,)), "a finite number, or None"),
+        (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, causal=False), Blocks(8)), "causal=False, dims=1"),
+        (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, head_dim=8), Blocks(8)), "<width 4>.* of width 8"),
+        (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, num_heads=4), Blocks(8)), "a layer of 4 heads"),
+        (lambda: Expansion.of((1, 0), (0.0, 0.0), torch.zeros(2, 1, 4)), r"heads=\(1, 0\)\): rising"),
+        (lambda: Expansion.of((0,), (math.inf,), torch.zeros(1, 1, 4)), "a finite number for each of 1 heads"),
+        (lambda: Expansion.of((0,), (0.0,), torch.full((1, 1, 4), math.nan)), "no finite float16"),
+        (lambda: Expansion((0,), (0.0,), 0, "AAAA"), "number=0"),
+        (lambda: Expansion((0,), (0.0,), 1, "no base64!"), "is no base64"),
+        (lambda: Expansion((0, 1), (0.0, 0.0), 1, "AAAA"), "has 3 bytes.*a multiple of 4"),
         (lambda: ByHead().build(SPEC, Blocks(8)), "merge='softmax'"),
     ],
 )

@@ -16,10 +16,12 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
-from farfield.far import ByHead, Pyramid  # noqa: E402 (needs what was checked above)
+from farfield.far import ByHead, Expansion, Pyramid  # noqa: E402 (needs what was checked above)
 from farfield.interop.transformers import register  # noqa: E402
 from farfield.interop.transformers.budget import allocate  # noqa: E402
 from farfield.interop.transformers.calibrate import (  # noqa: E402
+    centres_of,
+    clusters,
     fisher,
     menu_errors,
     near_tokens,
@@ -32,7 +34,7 @@ from farfield.interop.transformers.convert import convert, save  # noqa: E402
 from farfield.interop.transformers.evaluate import Result, cost_of, loss, measure  # noqa: E402
 from farfield.interop.transformers.keys import (  # noqa: E402
     context,
-    far_queries,
+    expansion_keys,
     kept_vectors,
     keys_by_head,
     keys_of,
@@ -41,7 +43,7 @@ from farfield.interop.transformers.keys import (  # noqa: E402
 from farfield.interop.transformers.menu import BLOCK, MENU, SINKS, menu_for, setting  # noqa: E402
 from farfield.interop.transformers.texts import repeating  # noqa: E402
 from farfield.near import Blocks, Dense  # noqa: E402
-from farfield.ops.background import background_state  # noqa: E402
+from farfield.ops.expansion import expansion_state  # noqa: E402
 from farfield.ops.opened import opened_attention  # noqa: E402
 from farfield.ops.opened.tree import make_tree  # noqa: E402
 from farfield.ops.state import AttentionState, merge_states  # noqa: E402
@@ -148,12 +150,16 @@ def test_plain_pyramids_and_layers_are_counted() -> None:
         keys_of(replace(SMALL[0], levels=3), 300, 8)
 
 
-def test_a_background_is_one_more_key_for_queries_with_a_far_field() -> None:
-    alone, some = (Parts(Blocks(8), ByHead(sinks=3, background=b)) for b in (None, (0.5, None)))
-    assert far_queries(90, 8, 3) == pytest.approx((90 - 16) / 90)
-    more = keys_by_head(some, 2, 90) - keys_by_head(alone, 2, 90)
-    assert more.tolist() == pytest.approx([(90 - 16) / 90, 0.0])
-    assert kept_vectors(some, 2, 1, 90) == kept_vectors(alone, 2, 1, 90) + 2 * 3
+def test_an_expansion_is_counted() -> None:
+    """Tokens scored by 3 centres, centres by the query, a cell; as vectors also a matrix of 8 by 8."""
+    expansion = Expansion.of((1,), (0.5,), torch.zeros(1, 3, 8))
+    alone, some = (Parts(Blocks(8), ByHead(sinks=3, expansion=x)) for x in (None, expansion))
+    assert expansion_keys(3, 8) == 3 + 3 + 1
+    assert expansion_keys(3, 8, bounds=2) == 3 + 3 + 1 + 4
+    for bounds, expected in ((1, 7.0), (2, 11.0)):
+        more = keys_by_head(some, 2, 90, bounds) - keys_by_head(alone, 2, 90, bounds)
+        assert more.tolist() == pytest.approx([0.0, expected])
+    assert kept_vectors(some, 2, 1, 90) == kept_vectors(alone, 2, 1, 90) + 3 * (8 + 2) * 2
 
 
 def test_state_is_kept_where_cells_are_opened() -> None:
@@ -193,8 +199,10 @@ def test_errors_are_those_of_the_converted_output() -> None:
     half = torch.randn(4, 8, 8)
     weight = half @ half.mT
     menu = (None, *SMALL, EXACT)
-    biases = (None, 0.7, -2.0)
-    errors = menu_errors(q, k, v, menu, weight, positions=positions, block=8, sinks=3, scale=0.7, biases=biases)
+    biases, centres = (None, 0.7, -2.0), torch.randn(4, 3, 8)
+    errors = menu_errors(
+        q, k, v, menu, weight, positions=positions, block=8, sinks=3, scale=0.7, biases=biases, centres=centres
+    )
     exact = torch.nn.functional.scaled_dot_product_attention(
         q[None], k[None], v[None], is_causal=True, scale=0.7, enable_gqa=True
     )
@@ -208,15 +216,38 @@ def test_errors_are_those_of_the_converted_output() -> None:
         for error, bias in zip(row, biases, strict=True):
             joint = state
             if bias is not None:
-                background = background_state(
-                    q[None], k[None], v[None], torch.full((4,), bias), grid=(length,), block=(8,), causal=True,
-                    key_mask=None, scale=0.7, sinks=3,
+                far = expansion_state(
+                    q[None], k[None], v[None], centres, torch.full((4,), bias), block=8, key_mask=None, scale=0.7,
+                    sinks=3,
                 )  # fmt: skip
-                joint = merge_states(state, background)
+                joint = merge_states(state, far)
             d = joint.out[0] - exact[0]
             expected = 0.5 * torch.einsum("hnd,hde,hne->h", d, weight, d) / length
             torch.testing.assert_close(error, expected, rtol=1e-3, atol=1e-5)
     assert (errors[0] > 1e-3).all()
+    with pytest.raises(ValueError, match="without centres"):
+        menu_errors(q, k, v, menu, weight, positions=positions, block=8, sinks=3, scale=0.7, biases=biases)
+
+
+def test_centres_are_means_of_clusters_of_queries() -> None:
+    """Points in clumps are found again, whatever is drawn; a head's centres are of its own queries."""
+    clumps = torch.tensor([[0.0, 9.0], [7.0, -3.0], [-8.0, -2.0]])
+    points = clumps.repeat_interleave(50, 0) + 0.3 * torch.randn(150, 2)
+    found = [clusters(points, 3, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    exact = [x for x in found if torch.cdist(clumps, x).amin(1).max() < 0.2]
+    assert len(exact) >= 4  # a start with two of three points in one clump may stay there
+    torch.testing.assert_close(clusters(points, 1, torch.Generator())[0], points.mean(0))
+    assert clusters(points[:2], 5, torch.Generator()).isfinite().all()
+    model, ids = make("Llama"), [tokens(60), tokens(60)]
+    queries: dict[int, list[Tensor]] = {}
+    got = centres_of(model, ids, 1, torch.Generator().manual_seed(0))
+    with watched(model, lambda layer, q, k, v, out, scale: queries.setdefault(layer, []).append(q[0])):
+        for window in ids:
+            model(window[None])
+    assert got.shape == (2, 4, 1, 8)
+    # Fewer queries than are sampled: all of them are.
+    expected = torch.stack([torch.cat(queries[layer], 1).mean(1, keepdim=True) for layer in (0, 1)])
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_fisher_is_that_of_sampled_labels() -> None:
@@ -255,7 +286,7 @@ def small(**arguments: Any) -> tuple[Any, Any]:
         "sinks": 3,
         "queries": 16,
         "pieces": 2,
-        "background": True,
+        "centres": 3,
         **arguments,
     }
     windows = [torch.randint(3, 50, (160,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -266,6 +297,7 @@ def test_a_converted_model_keeps_its_budget_and_loads_plainly(tmp_path: Path) ->
     steps = []
     model, made = small(keys=0.5, progress=lambda *step: steps.append(step))
     assert steps[0] == ("gradients", 1, 2)
+    assert ("centres", 2, 2) in steps
     assert steps[-1] == ("settings", 8, 8)
     assert made.report["keys"] <= 0.5
     assert made.report["estimated_divergence"] == pytest.approx(sum(x["error"] for x in made.report["layers"]))
@@ -300,23 +332,32 @@ def test_recall_is_counted_among_the_windows() -> None:
     (_, none), (_, one), (_, all_) = (small(keys=0.5, recall=recall) for recall in (0, 1, 99))
     assert none.report["calibration"]["recall"] == 0 and one.report["calibration"]["recall"] == 1
     assert all_.report["calibration"]["recall"] == all_.report["calibration"]["windows"]
-    assert not torch.equal(none.calibration.errors, one.calibration.errors)
+    assert [len(x.calibration.errors) for x in (none, one, all_)] == [1, 2, 2]
 
 
-def test_recall_weighs_as_much_as_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two plain windows of error 1 and one repeating window of error 3: the mean of the kinds, not of the windows."""
+def test_recall_weighs_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plain windows of error 1 and one repeating window of error 3: means of the kinds, not of the windows."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def errors(model: Any, ids: Tensor, menu: Any, weight: Tensor, *, positions: Tensor, **_: Any) -> Tensor:
+    def errors(
+        model: Any, ids: Tensor, menu: Any, weight: Tensor, *, biases: Any, positions: Tensor, **_: Any
+    ) -> Tensor:
         seen.append((ids, positions))
-        return torch.full((len(menu), 18, 2, 4), 1.0 if len(seen) < 3 else 3.0)
+        return torch.full((len(menu), len(biases), 2, 4), 1.0 if len(seen) < 3 else 3.0)
 
     monkeypatch.setattr("farfield.interop.transformers.calibration.window_errors", errors)
     _, made = small(keys=0.5, recall=1)
-    assert (made.calibration.errors == 2.0).all()
+    kept = made.calibration
+    assert (kept.errors[0] == 1.0).all() and (kept.errors[1] == 3.0).all()
+    assert [kept.weighed(x)[0, 0, 0, 0].item() for x in (0.0, 0.5, 0.75, 1.0)] == [1.0, 2.0, 2.5, 3.0]
     plain, again = seen[1], seen[2]
     assert torch.equal(plain[0][:120], again[0][:120]) and not torch.equal(plain[0], again[0])
     assert plain[1].min() < 120 <= again[1].min()
+    for weight, lost in ((0.0, 8.0), (0.75, 20.0)):
+        other = convert(make("Llama"), calibration=kept, keys=0.5, recall_weight=weight)
+        assert other.report["estimated_divergence"] == pytest.approx(lost)
+    with pytest.raises(ValueError, match=r"recall_weight=1.5: a share from 0 to 1"):
+        convert(make("Llama"), calibration=kept, keys=0.5, recall_weight=1.5)
 
 
 def test_equal_seeds_choose_alike_and_more_keys_lose_less() -> None:
@@ -332,9 +373,9 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
     first.calibration.save(tmp_path / "c.safetensors")
     kept = Calibration.load(tmp_path / "c.safetensors")
     assert kept.menu == first.calibration.menu
-    for changes in ({"keys": 0.5}, {"keys": 0.8}, {"keys": 0.7, "max_share": 1}, {"keys": 0.6, "background": False}):
+    for changes in ({"keys": 0.5}, {"keys": 0.8}, {"keys": 0.7, "max_share": 1}, {"keys": 0.6, "expand": False}):
         _, fresh = small(**changes)
-        again = convert(make("Llama"), calibration=kept, **{"background": True, **changes})
+        again = convert(make("Llama"), calibration=kept, **changes)
         assert again.options == fresh.options
         assert again.report["keys"] == pytest.approx(fresh.report["keys"])
         assert again.report["estimated_divergence"] == pytest.approx(fresh.report["estimated_divergence"], rel=1e-5)
@@ -350,15 +391,16 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
         Calibration.load(tmp_path / "e.safetensors")
 
 
-def test_a_background_helps_and_can_be_left_out() -> None:
-    (model, some), (plain, none) = small(keys=0.5, seed=5), small(keys=0.5, seed=5, background=False)
-    assert any(bias is not None for row in some.options["background"] for bias in row)
-    assert "background" not in none.options
+def test_an_expansion_helps_and_can_be_left_out() -> None:
+    (model, some), (plain, none) = small(keys=0.5, seed=5), small(keys=0.5, seed=5, expand=False)
+    assert any(x is not None for x in some.options["expansions"])
+    assert "expansions" not in none.options
+    assert none.calibration.centres.shape[2] == 0
     assert some.report["estimated_divergence"] < none.report["estimated_divergence"]
     with torch.no_grad():
         assert not torch.allclose(model(tokens(1, 160)).logits, plain(tokens(1, 160)).logits, atol=1e-4)
     model, made = small(keys=0.7, dense_layers=(1,))
-    assert made.options["background"][1] is None
+    assert made.options["expansions"][1] is None
     assert model(tokens(1, 30)).logits.isfinite().all()
 
 

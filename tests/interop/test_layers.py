@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
-from farfield.far import Pyramid  # noqa: E402
+from farfield.far import Expansion, Pyramid  # noqa: E402
 from farfield.interop.transformers import StreamCache, configure, load, register  # noqa: E402
 from farfield.interop.transformers.layers import check, group_of  # noqa: E402
 from farfield.interop.transformers.streams import ARGUMENT  # noqa: E402
@@ -21,11 +21,16 @@ register()
 OPENED = {"rank": 4, "levels": 1, "open": 3, "page": 1, "beam": 2, "rest": "drop", "choose": "bounds"}
 EVERYTHING = {**OPENED, "open": 4096, "beam": 4096}
 """Opens all pages, which is exact attention."""
+EXPANSION = {
+    name: list(x) if isinstance(x, tuple) else x
+    for name, x in vars(Expansion.of((0, 2, 3), (0.5, 2.0, -1.0), 2 * torch.randn(3, 2, 8))).items()
+}
+"""As a config holds it."""
 
 
-def converted(*entries: Any, background: Any = None, **changes: Any) -> Any:
+def converted(*entries: Any, expansions: Any = None, **changes: Any) -> Any:
     model = make("Llama", num_hidden_layers=len(entries), **changes)
-    return configure(model, "converted", block=8, sinks=2, layers=list(entries), background=background)
+    return configure(model, "converted", block=8, sinks=2, layers=list(entries), expansions=expansions)
 
 
 def test_dense_layers_and_whole_openings_are_exact() -> None:
@@ -43,8 +48,7 @@ def test_every_layer_has_its_own_settings() -> None:
 
 
 def test_plain_from_pretrained_reads_them(tmp_path: Path) -> None:
-    background = [[0.5, None, -1.0, 1.5], None]
-    model = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense", background=background)
+    model = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense", expansions=[EXPANSION, None])
     ids = tokens(1, 100)
     expected = answer(model, "farfield", input_ids=ids, use_cache=False)
     without = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense")
@@ -55,14 +59,14 @@ def test_plain_from_pretrained_reads_them(tmp_path: Path) -> None:
     assert torch.equal(answer(load(tmp_path), "farfield", input_ids=ids, use_cache=False), expected)
 
 
-@pytest.mark.parametrize("background", [None, [0.5, None, 2.0, -1.0]], ids=["alone", "background"])
+@pytest.mark.parametrize("expanded", [False, True], ids=["alone", "expansion"])
 @pytest.mark.parametrize(
     "entry",
     [[], [{"heads": [1, 2], "rank": 2}], [{"heads": [1, 2], "rank": 2}, {"heads": [3], **OPENED}]],
     ids=["none", "plain", "opened"],
 )
-def test_a_cache_gives_what_a_prefill_gives(entry: Any, background: Any) -> None:
-    model, ids = converted(entry, background=[background]), tokens(2, 44)
+def test_a_cache_gives_what_a_prefill_gives(entry: Any, expanded: bool) -> None:
+    model, ids = converted(entry, expansions=[EXPANSION if expanded else None]), tokens(2, 44)
     cache = transformers.DynamicCache(config=model.config)
     mask = torch.ones(2, 44, dtype=torch.long)
     mask[1, :7] = 0
@@ -87,8 +91,7 @@ def test_a_cached_step_cannot_repeat_a_shared_choice() -> None:
 def test_decode_states_repeat_a_shared_choice() -> None:
     """The tokens of a cache of decode states are those of whole prefills."""
     some = [{"heads": [1], **OPENED, "share": 4}, {"heads": [0, 3], "rank": 2}]
-    background = [[0.5, None, 2.0, -1.0], None, [1.0] * 4]
-    model, ids = converted(some, "dense", [], background=background), tokens(2, 40)
+    model, ids = converted(some, "dense", [], expansions=[EXPANSION, None, EXPANSION]), tokens(2, 40)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, use_cache=False, **options)
     assert torch.equal(model.generate(ids, **{ARGUMENT: StreamCache(model)}, **options), expected)
@@ -111,8 +114,9 @@ def test_groups_hold_what_differs_from_the_defaults() -> None:
         ({"layers": [[[0, 1]]]}, TypeError, r"\[0, 1\]: a dict with 'heads'"),
         ({"layers": "dense"}, TypeError, "layers of type str"),
         ({"layers": [], "rank": 3}, TypeError, "'rank'"),
-        ({"layers": [[]], "background": [[1.0], None]}, ValueError, "a list of 1 entries"),
-        ({"layers": ["dense"], "background": [[1.0]]}, ValueError, "nothing is far there"),
+        ({"layers": [[]], "expansions": [None, None]}, ValueError, "a list of 1 entries"),
+        ({"layers": ["dense"], "expansions": [EXPANSION]}, ValueError, "nothing is far there"),
+        ({"layers": [[]], "expansions": [{**EXPANSION, "centres": "?"}]}, ValueError, "is no base64"),
         ({"layers": [[{"heads": [0]}, {"heads": [0]}]]}, ValueError, "more than one place"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from farfield.far.by_head import ByHead
 from farfield.far.channels import Channels
+from farfield.far.expansion import Expansion
 from farfield.far.landmarks import Landmarks
 from farfield.far.linear import Linear
 from farfield.far.multigrid import Multigrid
@@ -14,6 +15,7 @@ from farfield.far.spectrum import Spectrum
 __all__ = [
     "ByHead",
     "Channels",
+    "Expansion",
     "Landmarks",
     "Linear",
     "Multigrid",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from farfield.far.expansion import Expansion
 from farfield.far.pyramid import Pyramid
 from farfield.geometry import integers, per_axis
 from farfield.near.blocks import Blocks, near_state
-from farfield.ops.background import BackgroundStream, background_state
 from farfield.ops.cache import Cache, join_rows
+from farfield.ops.expansion import ExpansionStream, expansion_state
 from farfield.ops.multipole.stream import MultipoleStream, Weights
 from farfield.ops.opened.heads import HeadsStream, Opens
 from farfield.ops.state import AttentionState, merge_states
@@ -42,14 +42,14 @@ class ByHead(FarPart):
             level bias) are made for the heads of its group.
         sinks: leading tokens that every head sees exactly; all pyramids must have the same number. None for theirs (0
             without groups).
-        background: per query head of the layer, the bias of one more cell, which holds every token beyond the near
-            field (its mean key and value, log(count) in the score, see :mod:`farfield.ops.background`), or None for a
-            head without it. A correction of what opened cells leave out: what is opened is in the mean as well.
+        expansion: one more cell for some heads, which holds every token beyond the near field, expanded about the
+            centre that is nearest to the query. A correction of what opened cells leave out: what is opened is in it as
+            well. For causal sequences.
     """
 
     groups: tuple[Group, ...] = ()
     sinks: int | None = None
-    background: tuple[float | None, ...] | None = None
+    expansion: Expansion | None = None
 
     def __post_init__(self) -> None:
         groups = []
@@ -74,9 +74,8 @@ class ByHead(FarPart):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"ByHead(sinks={count!r}): a number of leading tokens >= 0 would be accepted")
         object.__setattr__(self, "sinks", count)
-        if self.background is not None:
-            biases = tuple(None if bias is None else _bias(bias) for bias in self.background)
-            object.__setattr__(self, "background", biases)
+        if self.expansion is not None and not isinstance(self.expansion, Expansion):
+            raise TypeError(f"ByHead(expansion={self.expansion!r}): a far.Expansion, or None, would be accepted")
 
     @property
     def opens(self) -> bool:
@@ -85,8 +84,8 @@ class ByHead(FarPart):
 
     @property
     def takes_dropout(self) -> bool:  # type: ignore[override]
-        """Where nothing is opened, and there is no background."""
-        return not self.opens and self.background is None
+        """Where nothing is opened, and there is no expansion."""
+        return not self.opens and self.expansion is None
 
     @property
     def causal_safe(self) -> bool:
@@ -99,8 +98,9 @@ class ByHead(FarPart):
     def cost(self) -> str:
         """Score computations for n tokens."""
         parts = [f"{len(heads)} heads: {pyramid.cost}" for heads, pyramid in self.groups]
-        some = 0 if self.background is None else sum(bias is not None for bias in self.background)
-        return " + ".join(parts + [f"{some} heads: n"] * bool(some)) or "0"
+        if self.expansion is not None:
+            parts.append(f"{len(self.expansion.heads)} heads: n·({self.expansion.number} centres·D)")
+        return " + ".join(parts) or "0"
 
     def fuses(self, near: Part | None, merge: str) -> bool:
         """The near field is computed once, and every group's far field is merged into its heads."""
@@ -116,11 +116,8 @@ class ByHead(FarPart):
         beyond = sorted(h for heads, _ in self.groups for h in heads if h >= spec.num_heads)
         if beyond:
             raise ValueError(f"ByHead names heads {beyond} in a layer of {spec.num_heads}: 0 to {spec.num_heads - 1}")
-        if self.background is not None and len(self.background) != spec.num_heads:
-            raise ValueError(
-                f"ByHead(background=...) has {len(self.background)} biases in a layer of {spec.num_heads} heads: one "
-                "for every head (None for a head without) would be accepted"
-            )
+        if self.expansion is not None:
+            _check_expansion(self.expansion, spec)
         for _, pyramid in self.groups:
             pyramid.check(spec, near)
 
@@ -161,31 +158,34 @@ class _ByHead(StreamModule):
         return self._joined(self._all_heads(inputs), far, [head for heads in self.heads for head in heads])
 
     def _all_heads(self, inputs: Inputs) -> AttentionState:
-        """What all heads have in common: the near field and the background."""
+        """What needs no group: the near field and the expansion."""
         near = near_state(inputs, self.block, self.options.sinks or 0)
-        return near if self.options.background is None else merge_states(near, self._background(inputs))
+        expansion = self.options.expansion
+        return near if expansion is None else self._joined(near, [self._expansion(inputs)], list(expansion.heads))
 
-    def _background(self, inputs: Inputs) -> AttentionState:
+    def _expansion(self, inputs: Inputs) -> AttentionState:
+        """Everything far in one cell, for the heads that have it."""
         if inputs.cu_seqlens is not None:
-            state = by_segment(inputs, self._background)
+            state = by_segment(inputs, self._expansion)
             assert isinstance(state, AttentionState)
             return state
-        return background_state(
-            inputs.rotated_q,
-            inputs.rotated_k,
-            inputs.v,
-            self._biases(inputs.q),
-            grid=inputs.grid,
-            block=self.block,
-            causal=inputs.causal,
-            key_mask=inputs.key_mask,
-            scale=inputs.scale,
+        query, key, value = self._of_expansion(inputs.rotated_q, inputs.rotated_k, inputs.v)
+        centres, bias = self._centres(query)
+        return expansion_state(
+            query, key, value, centres, bias, block=self.block[0], key_mask=inputs.key_mask, scale=inputs.scale,
             sinks=self.options.sinks or 0,
-        )
+        )  # fmt: skip
 
-    def _biases(self, like: Tensor) -> Tensor:
-        biases = self.options.background or ()
-        return torch.tensor([-torch.inf if b is None else b for b in biases], device=like.device)
+    def _of_expansion(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the heads that have it."""
+        assert self.options.expansion is not None
+        heads = list(self.options.expansion.heads)
+        read = _key_heads(heads, self.spec.num_heads // self.spec.num_kv_heads)
+        return _take(query, heads), _take(key, read), _take(value, read)
+
+    def _centres(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.options.expansion is not None
+        return self.options.expansion.on(like.device)
 
     def _joined(self, near: AttentionState, far: list[AttentionState], heads: list[int]) -> AttentionState:
         """The far fields of groups, one after the other of ``heads``, merged into the near field of these heads."""
@@ -224,8 +224,8 @@ class _ByHead(StreamModule):
         assert self.options.sinks is not None
         return MultipoleStream(self.block[0], 1, None, False, self.options.sinks, "near", rewind)
 
-    def _sums(self, rewind: int) -> BackgroundStream:
-        return BackgroundStream(self.block[0], self.options.sinks or 0, rewind)
+    def _moments(self, rewind: int) -> ExpansionStream:
+        return ExpansionStream(self.block[0], self.options.sinks or 0, rewind)
 
     def _apart(self) -> list[tuple[str, StreamModule, list[int], list[int]]]:
         """Those of :meth:`_parts` that have a cache of their own."""
@@ -236,7 +236,7 @@ class _ByHead(StreamModule):
         ]
 
     def _kept(self, rewind: int) -> HeadsStream:
-        """Near field, sinks, background, and all groups that open cells of one level, on one copy of the tokens."""
+        """Near field, sinks, and all groups that open cells of one level, on one copy of the tokens."""
         return _heads_stream(self.options, self.block[0], self.spec.num_heads, self.spec.num_kv_heads, rewind)
 
     def why_no_stream(self, spec: StreamSpec) -> str | None:
@@ -256,9 +256,9 @@ class _ByHead(StreamModule):
         else:
             sizes = spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim
             cache = {f"near/{name}": x for name, x in self._stream(spec.rewind).empty(*sizes, *place).items()}
-            if self.options.background is not None:
-                sums = self._sums(spec.rewind).empty(spec.batch_size, spec.num_kv_heads, spec.head_dim, *place)
-                cache |= {f"background/{name}": x for name, x in sums.items()}
+        if self.options.expansion is not None:
+            moments = self._moments(spec.rewind).empty(spec.batch_size, self.options.expansion.tensor(), *place)
+            cache |= {f"expansion/{name}": x for name, x in moments.items()}
         for prefix, part, heads, kv_heads in self._apart():
             own = part.empty_cache(replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads)))
             cache |= {prefix + name: x for name, x in own.items()}
@@ -286,22 +286,11 @@ class _ByHead(StreamModule):
         """See :class:`farfield.streaming.StreamModule`."""
         tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
         whole = length == 0 and inputs.q.shape[2] > 1
-        if self.together:
-            with _within(cache, "tokens/") as own:
-                if whole:
-                    self._kept(rewind).fill(own, *tokens)
-                    common = self._all_heads(inputs)
-                else:
-                    common = self._kept(rewind).step(own, *tokens, length, scale=inputs.scale)
-        elif whole:
+        if whole:
+            self._fill(tokens, cache, rewind, inputs.scale)
             common = self._all_heads(inputs)
-            with _within(cache, "near/") as own:
-                self._stream(rewind).fill(own, *tokens[1:])
-            with _within(cache, "background/") as own:
-                if own:
-                    self._sums(rewind).fill(own, *tokens[1:])
         else:
-            common = self._step_near(tokens, cache, length, rewind, inputs.scale)
+            common = self._step(tokens, cache, length, rewind, inputs.scale)
         far, index = [], []
         for (prefix, part, heads, kv_heads), (_, pyramid) in zip(self._parts(), self.options.groups, strict=True):
             if _together(pyramid):
@@ -316,29 +305,45 @@ class _ByHead(StreamModule):
             index += heads
         return self._joined(common, far, index)
 
-    def _step_near(
+    def _fill(self, tokens: tuple[Tensor, Tensor, Tensor], cache: Cache, rewind: int, scale: float) -> None:
+        """A whole prefix [B, H, N, D] into an empty cache, but for groups that have their own."""
+        if self.together:
+            with _within(cache, "tokens/") as own:
+                self._kept(rewind).fill(own, *tokens)
+        else:
+            with _within(cache, "near/") as own:
+                self._stream(rewind).fill(own, *tokens[1:])
+        if self.options.expansion is not None:
+            _, key, value = self._of_expansion(*tokens)
+            with _within(cache, "expansion/") as own:
+                self._moments(rewind).fill(own, key, value, self._centres(key)[0], scale)
+
+    def _step(
         self, tokens: tuple[Tensor, Tensor, Tensor], cache: Cache, length: int, rewind: int, scale: float
     ) -> AttentionState:
-        """As :meth:`_all_heads`, for tokens [B, H, T, D] after ``length`` others, from the last blocks."""
-        stream, sums, block = self._stream(rewind), self._sums(rewind), self.block[0]
-        with _within(cache, "near/") as near, _within(cache, "background/") as own:
-            if not own:
-                state = stream.step(near, *tokens, length, scale=scale)
-                assert isinstance(state, AttentionState)
-                return state
-            states, done = [], 0
+        """Near field, expansion and what is opened on common tokens, for [B, H, T, D] after ``length`` others."""
+        expansion, block = self.options.expansion, self.block[0]
+        stream = self._kept(rewind) if self.together else self._stream(rewind)
+        states, done = [], 0
+        with _within(cache, "tokens/" if self.together else "near/") as kept, _within(cache, "expansion/") as moments:
             while done < tokens[0].shape[2]:
                 at = length + done
-                stop = min(tokens[0].shape[2], done + block - at % block)
-                q, k, v = (x[:, :, done:stop] for x in tokens)
-                state = stream.step(near, q, k, v, at, scale=scale)
+                stop = tokens[0].shape[2] if expansion is None else min(tokens[0].shape[2], done + block - at % block)
+                query, key, value = (x[:, :, done:stop] for x in tokens)
+                state = stream.step(kept, query, key, value, at, scale=scale)
                 assert isinstance(state, AttentionState)
-                far = sums.attend(own, q, self._biases(q), at // block, scale)
-                states.append(merge_states(state, far))
                 done = stop
-                if (length + done) % block == 0:
-                    number = at // block
-                    sums.close(own, number, *stream.tokens(near, number * block, (number + 1) * block))
+                if expansion is not None:
+                    query, _, _ = self._of_expansion(query, key, value)
+                    centres, bias = self._centres(query)
+                    number, sums = at // block, self._moments(rewind)
+                    far = sums.attend(moments, query, centres, bias, number, scale)
+                    state = self._joined(state, [far], list(expansion.heads))
+                    if (length + done) % block == 0:
+                        closed = stream.tokens(kept, number * block, (number + 1) * block)
+                        _, key, value = self._of_expansion(tokens[0], *closed)
+                        sums.close(moments, number, key, value, centres, scale)
+                states.append(state)
         joined = join_rows(states)
         assert isinstance(joined, AttentionState)
         return joined
@@ -365,7 +370,7 @@ def _heads_stream(options: ByHead, block: int, num_heads: int, kv_heads: int, re
             opens = Opens(block // rank, page, beam, p.open, p.share, beam_share, p.recent, p.choose, p.count_bias)
             for head in of_group:
                 heads[head] = opens
-    return HeadsStream(block, options.sinks or 0, tuple(heads), kv_heads, options.background, rewind)
+    return HeadsStream(block, options.sinks or 0, tuple(heads), kv_heads, rewind)
 
 
 @contextmanager
@@ -376,12 +381,17 @@ def _within(cache: Cache, prefix: str) -> Iterator[Cache]:
     cache.update({prefix + name: x for name, x in own.items()})
 
 
-def _bias(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _check_expansion(expansion: Expansion, spec: LayerSpec) -> None:
+    if not spec.causal or spec.dims != 1:
         raise ValueError(
-            f"ByHead(background=...): a finite number, or None, for every head would be accepted: {value!r}"
+            f"ByHead(expansion=...) in a layer with causal={spec.causal}, dims={spec.dims}: its sums run along a "
+            "causal sequence; causal=True and dims=1 would be accepted"
         )
-    return float(value)
+    if expansion.heads[-1] >= spec.num_heads or expansion.width != spec.head_dim:
+        raise ValueError(
+            f"{expansion!r} in a layer of {spec.num_heads} heads of width {spec.head_dim}: heads 0 to "
+            f"{spec.num_heads - 1} and centres of that width would be accepted"
+        )
 
 
 def _key_heads(heads: list[int], group: int) -> list[int]:

@@ -40,20 +40,21 @@ LAYERS: dict[str, ByHead] = {
 
 
 @pytest.mark.parametrize("engine", ["compiled", "torch"])
-@pytest.mark.parametrize("background", [None, (0.5, None, -1.0, 2.0, 0.0, 1.5)], ids=["alone", "background"])
+@pytest.mark.parametrize("expanded", [False, True], ids=["alone", "expansion"])
 @pytest.mark.parametrize("sinks", [0, 3, 13])
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("prompt", [0, 37])
 def test_steps_are_rows_of_a_prefill(
-    name: str, sinks: int, background: Any, engine: str, prompt: int, monkeypatch: pytest.MonkeyPatch
+    name: str, sinks: int, expanded: bool, engine: str, prompt: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where everything is opened, heads without a background equal exact attention, too."""
+    """Where everything is opened, heads without an expansion equal exact attention, too."""
     if engine == "torch":
         monkeypatch.setattr(HeadsStream, "_can", lambda *_: False)
     elif compiled.why_not() is not None:
         pytest.skip(f"the compiled engine is not there: {compiled.why_not()}")
     groups = tuple((heads, ff.far.Pyramid(**{**vars(p), "sinks": sinks})) for heads, p in LAYERS[name].groups)
-    far = ByHead(groups, sinks=sinks, background=background)
+    expansion = ff.far.Expansion.of((0, 3), (0.5, -1.0), torch.randn(2, 3, 6)) if expanded else None
+    far = ByHead(groups, sinks=sinks, expansion=expansion)
     layer = ff.Attention(36, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).eval()
     x = 2 * torch.randn(2, 83, 36)
     with torch.no_grad():
@@ -65,7 +66,7 @@ def test_steps_are_rows_of_a_prefill(
                 state.rewind(3)
             rows.append(layer.step(x[:, i : i + 1], state))
     torch.testing.assert_close(torch.cat(rows, 1), whole, rtol=1e-4, atol=2e-5)
-    if name == "everything" and background is None:
+    if name == "everything" and not expanded:
         dense = ff.Attention(36, 6, num_kv_heads=2, near=ff.near.Dense(), causal=True, rope=1e4).eval()
         dense.load_state_dict(layer.state_dict())
         torch.testing.assert_close(whole, dense(x), rtol=1e-4, atol=2e-5)

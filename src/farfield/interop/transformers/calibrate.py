@@ -18,13 +18,21 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from farfield.far import Pyramid
+from farfield.ops.expansion import nearest
 from farfield.ops.opened.choose import Bank, descend, make_bank
 from farfield.ops.opened.leaders import leaders_at
 from farfield.ops.opened.tree import Tree, make_tree
 from farfield.parts import repeat_heads
 
-__all__ = ["fisher", "menu_errors", "near_tokens", "opened_tokens", "sampled", "watched", "window_errors"]
+__all__ = [
+    "centres_of", "clusters", "fisher", "menu_errors", "near_tokens", "opened_tokens", "sampled", "watched",
+    "window_errors",
+]  # fmt: skip
 
+EACH = 4096
+"""Queries of a head, over all windows, that centres are found among."""
+
+_ROUNDS = 20
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 Visit = Callable[[int, Tensor, Tensor, Tensor, Tensor, float], None]
@@ -123,6 +131,57 @@ def sampled(length: int, number: int, generator: torch.Generator, start: int = 0
     return place.long().clamp(max=length - 1)
 
 
+@torch.no_grad()
+def centres_of(
+    model: Any,
+    windows: Sequence[Tensor],
+    number: int,
+    generator: torch.Generator,
+    progress: Callable[[], None] | None = None,
+) -> Tensor:
+    """The centres of every head's queries, [layers, heads, number, D] float32.
+
+    Args:
+        model: a causal language model.
+        windows: token ids [N] each; queries from every part of every window are among those clustered.
+        number: centres of a head.
+        generator: draws where clusters begin.
+        progress: called after each window.
+    """
+    seen: dict[int, list[Tensor]] = {}
+    each = -(-EACH // len(windows))
+
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
+        seen.setdefault(layer, []).append(q[0, :, sampled(q.shape[2], each, generator).to(q.device)].float())
+
+    for ids in windows:
+        with watched(model, keep):
+            model.base_model(ids[None], use_cache=False)
+        if progress is not None:
+            progress()
+    return torch.stack(
+        [
+            torch.stack([clusters(of_head, number, generator) for of_head in torch.cat(seen[layer], 1)])
+            for layer in sorted(seen)
+        ]
+    )
+
+
+def clusters(points: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """[number, D] means of clusters of points [n, D]: k-means, from points drawn by ``generator``.
+
+    A cluster that loses all its points keeps its mean; points fewer than clusters come more than once.
+    """
+    start = torch.randperm(len(points), generator=generator)
+    means = points[start.to(points.device)][torch.arange(number) % len(points)]
+    for _ in range(_ROUNDS):
+        own = nearest(points[None], means[None])[0]
+        count = torch.bincount(own, minlength=number)[:, None]
+        total = torch.zeros_like(means).index_add_(0, own, points)
+        means = torch.where(count > 0, total / count.clamp(min=1), means)
+    return means
+
+
 def window_errors(
     model: Any,
     ids: Tensor,
@@ -133,6 +192,7 @@ def window_errors(
     block: int,
     sinks: int,
     biases: Sequence[float | None] = (None,),
+    centres: Tensor | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """The estimate of every setting, bias and head on one window, [settings, biases, layers, heads], nats per token.
@@ -146,7 +206,8 @@ def window_errors(
         weight: of :func:`fisher`.
         positions: [n] sampled queries.
         block, sinks: of the near field.
-        biases: of a background cell beside the setting; None for no such cell.
+        biases: of an expansion of everything far beside the setting; None for none.
+        centres: [layers, heads, C, D] of expansions; needed where there is a bias.
         progress: called after each layer.
     """
     errors: dict[int, Tensor] = {}
@@ -154,7 +215,7 @@ def window_errors(
     def measure(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         errors[layer] = menu_errors(
             q[0], k[0], v[0], menu, weight[layer], positions=positions, block=block, sinks=sinks, scale=scale,
-            biases=biases,
+            biases=biases, centres=None if centres is None else centres[layer].to(q.device),
         )  # fmt: skip
         if progress is not None:
             progress()
@@ -177,6 +238,7 @@ def menu_errors(
     sinks: int,
     scale: float,
     biases: Sequence[float | None] = (None,),
+    centres: Tensor | None = None,
 ) -> Tensor:
     """[settings, biases, heads] the estimate 0.5 mean(d' F d) over sampled queries of one layer.
 
@@ -187,7 +249,8 @@ def menu_errors(
         weight: [Hq, D, D] F of every head.
         positions: [n] sampled queries.
         block, sinks, scale: of the near field and of the scores.
-        biases: of a background cell beside the setting; None for no such cell.
+        biases: of an expansion of everything far beside the setting; None for none.
+        centres: [Hq, C, D] of the expansion; needed where there is a bias.
     """
     heads, length = q.shape[:2]
     keys, values = (repeat_heads(x[None].float(), heads)[0] for x in (k, v))
@@ -196,10 +259,16 @@ def menu_errors(
     scores = scores.masked_fill(index > positions[:, None], -torch.inf)
     chances = scores.softmax(-1)  # [Hq, n, N]
     exact = chances @ values
-    # The background relative to all that exact attention sees: log mass without bias, and its value.
-    mass, mean = _background(q, k, v, positions, block, sinks, scale)
-    mass = mass - scores.logsumexp(-1)
-    other = mean - exact
+    if centres is None:
+        if any(bias is not None for bias in biases):
+            raise ValueError(
+                f"biases={biases} without centres: an expansion is about something; None would be accepted"
+            )
+        mass, other = scores.new_full(scores.shape[:-1], -torch.inf), torch.zeros_like(exact)
+    else:
+        # The expansion relative to all that exact attention sees: log mass without bias, and its value.
+        mass, other = _expanded(q[:, positions].float(), keys, values, centres, positions, block, sinks, scale)
+        mass, other = mass - scores.logsumexp(-1), other - exact
     weighed = torch.einsum("hde,hne->hnd", weight.float(), other)
     near = near_tokens(length, positions, block, sinks)
     banks: dict[Any, tuple[Tree, Bank] | None] = {}
@@ -211,7 +280,7 @@ def menu_errors(
         left = chances * seen
         total = left.sum(-1)
         lost = left @ values - total[..., None] * exact
-        # d = (lost + e other) / (total + e) for a background of mass e, so that three products give every bias.
+        # d = (lost + e other) / (total + e) for an expansion of mass e, so that three products give every bias.
         plain = torch.einsum("hnd,hde,hne->hn", lost, weight.float(), lost)
         cross, own = ((x * weighed).sum(-1) for x in (lost, other))
         row = []
@@ -222,19 +291,22 @@ def menu_errors(
     return torch.stack(errors)
 
 
-def _background(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, block: int, sinks: int, scale: float
+def _expanded(
+    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, positions: Tensor, block: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """[Hq, n] score and [Hq, n, D] value of the background cell, -inf and 0 where nothing is far."""
-    start = ((positions // block - 1) * block).clamp(min=sinks)
-    count = (start - sinks).float()
-    means = []
-    for x in (k, v):
-        sums = torch.nn.functional.pad(x.double().cumsum(1), (0, 0, 1, 0))
-        mean = (sums[:, start] - sums[:, sinks, None]) / count.clamp(min=1)[:, None]
-        means.append(repeat_heads(mean.float()[None], len(q))[0])
-    score = (q[:, positions].float() * means[0]).sum(-1) * scale + count.log()
-    return score, means[1]
+    """[H, n] score and [H, n, D] value of the expansion for queries [H, n, D], -inf and 0 where nothing is far.
+
+    Keys and values are [H, N, D]; the same as :func:`farfield.ops.expansion.expansion_state`, query by query.
+    """
+    own = centres.gather(1, nearest(query, centres)[..., None].expand_as(query))
+    index = torch.arange(key.shape[1], device=key.device)
+    far = (index < ((positions // block - 1) * block)[:, None]) & (index >= sinks)
+    scores = (own * scale @ key.mT).masked_fill(~far, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weight = (scores - lse[..., None]).exp().masked_fill(~far, 0.0)
+    x = (query - own) * scale
+    common = (x * (weight @ key)).sum(-1, keepdim=True)
+    return lse + common.squeeze(-1), (weight * (1 - common + x @ key.mT)) @ value
 
 
 def near_tokens(length: int, positions: Tensor, block: int, sinks: int) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from farfield.far import Pyramid
 from farfield.interop.transformers import cores
-from farfield.interop.transformers.calibrate import fisher, sampled, window_errors
+from farfield.interop.transformers.calibrate import centres_of, fisher, sampled, window_errors
 from farfield.interop.transformers.layers import group_of, pyramid_of
 from farfield.interop.transformers.menu import BLOCK, SINKS
 from farfield.interop.transformers.texts import repeating
 
-__all__ = ["BIASES", "RECALL", "Calibration", "Progress", "calibrate"]
+__all__ = ["BIASES", "CENTRES", "RECALL", "Calibration", "Progress", "calibrate"]
 
 PIECE = 1024
 """Tokens of a piece on which gradients are taken."""
@@ -26,8 +26,11 @@ PIECE = 1024
 RECALL = 2
 """Windows that come again with an end that repeats."""
 
-BIASES: tuple[float | None, ...] = (None, *(i / 2 for i in range(-8, 9)))
-"""Biases of a background cell that are tried for every head; None: no such cell."""
+BIASES: tuple[float | None, ...] = (None, *(i / 2 for i in range(-6, 5)))
+"""Biases of an expansion that are tried for every head; None: no expansion."""
+
+CENTRES = 8
+"""Centres of a head that everything far is expanded about."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage in words, the steps done and all of them."""
@@ -40,14 +43,17 @@ class Calibration:
     """Estimated errors, and what they are of.
 
     Attributes:
-        errors: [settings, biases, layers, heads] float32, nats per token.
+        errors: [kinds, settings, biases, layers, heads] float32, nats per token; of the kinds of text the first is
+            plain, the second, where ``recall`` is above 0, ends that repeat.
+        centres: [layers, heads, C, D] float32, of expansions; C is 0 without.
         menu: the settings; None is the near field and the sinks alone.
-        biases: of a background cell.
+        biases: of an expansion; None for none.
         length, block, sinks: tokens of a window, of a leaf block, and those that are always seen.
         windows, recall, queries, pieces, seed: how much text, see :func:`calibrate`.
     """
 
     errors: Tensor
+    centres: Tensor
     menu: tuple[Pyramid | None, ...]
     biases: tuple[float | None, ...]
     length: int
@@ -68,11 +74,15 @@ class Calibration:
         """Writes a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
-        about = {name: x for name, x in asdict(self).items() if name not in ("errors", "menu")}
+        about = {name: x for name, x in asdict(self).items() if name not in ("errors", "centres", "menu")}
         about["menu"] = [None if p is None else group_of([], p) for p in self.menu]
         target = Path(path)
         part = target.with_name(f"{target.name}.part")
-        save_file({"errors": self.errors.contiguous()}, part, metadata={_KIND: json.dumps(about)})
+        save_file(
+            {"errors": self.errors.contiguous(), "centres": self.centres.contiguous()},
+            part,
+            metadata={_KIND: json.dumps(about)},
+        )
         part.replace(target)
 
     @staticmethod
@@ -90,17 +100,25 @@ class Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})[_KIND])
-                errors = file.get_tensor("errors")
+                errors, centres = file.get_tensor("errors"), file.get_tensor("centres")
             menu = tuple(None if entry is None else pyramid_of(entry, about["sinks"])[1] for entry in about.pop("menu"))
-            made = Calibration(errors=errors, menu=menu, **{**about, "biases": tuple(about["biases"])})
+            made = Calibration(errors=errors, centres=centres, menu=menu, **{**about, "biases": tuple(about["biases"])})
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no calibration: {error}") from error
-        if errors.dim() != 4 or errors.shape[:2] != (len(made.menu), len(made.biases)):
+        kinds = 2 if made.recall else 1
+        fits = errors.dim() == 5 and errors.shape[:3] == (kinds, len(made.menu), len(made.biases))
+        if not fits or centres.dim() != 4 or centres.shape[:2] != errors.shape[3:]:
             raise ValueError(
-                f"{path} is no calibration: errors {list(errors.shape)} of {len(made.menu)} settings and "
-                f"{len(made.biases)} biases"
+                f"{path} is no calibration: errors {list(errors.shape)} and centres {list(centres.shape)} of {kinds} "
+                f"kinds of text, {len(made.menu)} settings and {len(made.biases)} biases"
             )
         return made
+
+    def weighed(self, recall: float) -> Tensor:
+        """[settings, biases, layers, heads] errors, those of ends that repeat with weight ``recall``, of 1 in all."""
+        if len(self.errors) == 1:
+            return self.errors[0]
+        return torch.lerp(self.errors[0], self.errors[1], recall)
 
 
 def calibrate(
@@ -111,6 +129,7 @@ def calibrate(
     biases: Sequence[float | None] = BIASES,
     block: int = BLOCK,
     sinks: int = SINKS,
+    centres: int = CENTRES,
     recall: int = RECALL,
     queries: int = 64,
     pieces: int = 4,
@@ -127,9 +146,10 @@ def calibrate(
         model: a Transformers causal language model whose layers see their whole causal context.
         windows: token ids [N] each, of one length, of text like that which the model will read.
         menu: settings with ``sinks``; None is the near field and the sinks alone.
-        biases: of a background cell; None for no such cell.
+        biases: of an expansion; None for none.
         block, sinks: of the near field.
-        recall: how many of the windows come again so, at most all. Together they count as much as the others.
+        centres: of a head, found among its queries in these windows; 0 for no expansions.
+        recall: how many of the windows come again so, at most all.
         queries: sampled in each window.
         pieces: of :data:`PIECE` tokens, for the gradients.
         seed: of the sampled queries and labels; equal seeds give equal errors on one machine.
@@ -139,11 +159,12 @@ def calibrate(
         ValueError: when windows differ in length or are too short, or the model cannot be converted.
     """
     length = _common_length(windows, block)
+    biases = tuple(biases) if centres else (None,)
     layers = len(cores.attention_layers(model))
     device = next(model.parameters()).device
-    done = {"gradients": 0, "settings": 0}
+    done = {"gradients": 0, "centres": 0, "settings": 0}
     recall = min(recall, len(windows))
-    steps = {"gradients": pieces, "settings": layers * (len(windows) + recall)}
+    steps = {"gradients": pieces, "centres": len(windows), "settings": layers * (len(windows) + recall)}
 
     def step(stage: str) -> None:
         done[stage] += 1
@@ -157,6 +178,12 @@ def calibrate(
     starts = [round(i / max(1, pieces - 1) * (length - size)) for i in range(pieces)]
     short = [ids[start : start + size].to(device) for ids, start in zip(chosen, starts, strict=True)]
     weight = fisher(model, short, generator, lambda: step("gradients"))
+    places = weight.new_zeros(*weight.shape[:2], 0, weight.shape[-1])
+    if centres:
+        given = [ids.to(device) for ids in windows]
+        # In the precision that a config keeps them in.
+        apart = torch.Generator().manual_seed(seed)  # what else is drawn does not hang on whether there are centres
+        places = centres_of(model, given, centres, apart, lambda: step("centres")).half().float()
     # From the last on: of several texts each has its share where there are several windows of each.
     again = [repeating(windows[-1 - i * len(windows) // recall], generator) for i in range(recall)]
     parts = []
@@ -166,12 +193,12 @@ def calibrate(
             positions = sampled(length, queries, generator, start).to(device)
             part = window_errors(
                 model, ids.to(device), menu, weight, positions=positions, block=block, sinks=sinks, biases=biases,
-                progress=lambda: step("settings"),
+                centres=places if centres else None, progress=lambda: step("settings"),
             )  # fmt: skip
             total = total + part.cpu()
         parts += [total / len(some)] if some else []
     return Calibration(
-        errors=torch.stack(parts).mean(0), menu=tuple(menu), biases=tuple(biases), length=length, block=block,
+        errors=torch.stack(parts), centres=places.cpu(), menu=tuple(menu), biases=biases, length=length, block=block,
         sinks=sinks, windows=len(windows), recall=recall, queries=queries, pieces=pieces, seed=seed,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from farfield import __version__
-from farfield.far import Pyramid
+from farfield.far import Expansion, Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.budget import allocate
-from farfield.interop.transformers.calibration import BIASES, RECALL, Calibration, Progress, calibrate
-from farfield.interop.transformers.keys import context, far_queries, keys_of, near_keys
+from farfield.interop.transformers.calibration import BIASES, CENTRES, RECALL, Calibration, Progress, calibrate
+from farfield.interop.transformers.keys import context, expansion_keys, keys_of, near_keys
 from farfield.interop.transformers.layers import CONVERTED, group_of
 from farfield.interop.transformers.loading import configure
 from farfield.interop.transformers.menu import BLOCK, SINKS, menu_for
@@ -54,7 +54,9 @@ def convert(
     menu: Sequence[Pyramid | None] | None = None,
     block: int = BLOCK,
     sinks: int = SINKS,
-    background: bool = False,
+    expand: bool = True,
+    recall_weight: float = 0.5,
+    centres: int = CENTRES,
     recall: int = RECALL,
     queries: int = 64,
     pieces: int = 4,
@@ -65,7 +67,7 @@ def convert(
 
     Args:
         model: a Transformers causal language model whose layers see their whole causal context; changed in place.
-        windows, block, sinks, recall, queries, pieces, seed, progress: of the calibration, see
+        windows, block, sinks, centres, recall, queries, pieces, seed, progress: of the calibration, see
             :func:`farfield.interop.transformers.calibration.calibrate`.
         menu: settings to choose from, None for :func:`farfield.interop.transformers.menu.menu_for` this length.
         calibration: one that was made before, of this model; instead of all of these.
@@ -74,7 +76,8 @@ def convert(
         dense_layers: layers that stay exact; they count as a whole context each.
         max_share: leave out settings whose choice more queries share; with 1 those that hang on earlier queries at all,
             so that the model can be decoded with a cache.
-        background: give every head for which the estimate falls a background cell (:class:`farfield.far.ByHead`).
+        expand: offer every setting also with everything far in one more cell (:class:`farfield.far.Expansion`).
+        recall_weight: how much errors in ends that repeat what stood far before count, beside plain text, of 1.
 
     Returns:
         The choice. Deterministic for equal arguments on one machine.
@@ -83,6 +86,8 @@ def convert(
         ValueError: when the model cannot be converted so, or no choice keeps the budget or the bound.
     """
     _check_target(keys, error)
+    if not 0 <= recall_weight <= 1:
+        raise ValueError(f"recall_weight={recall_weight}: a share from 0 to 1 would be accepted")
     shape = _heads(model)
     number = shape[0]
     dense = sorted(set(dense_layers))
@@ -93,40 +98,52 @@ def convert(
         with_sinks = [p if p is None else replace(p, sinks=sinks) for p in chosen]
         offered = [p for p in with_sinks if _allowed(p, max_share)]
         calibration = calibrate(
-            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, recall=recall,
-            queries=queries, pieces=pieces, seed=seed, progress=progress,
+            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, centres=centres if expand else 0,
+            recall=recall, queries=queries, pieces=pieces, seed=seed, progress=progress,
         )  # fmt: skip
-    if calibration.errors.shape[2:] != shape:
+    if calibration.errors.shape[3:] != shape:
         raise ValueError(
-            f"the calibration is of {list(calibration.errors.shape[2:])} layers and heads, the model has {list(shape)}"
+            f"the calibration is of {list(calibration.errors.shape[3:])} layers and heads, the model has {list(shape)}"
         )
     made = calibration
     length, block, sinks = made.length, made.block, made.sinks
     few = [i for i, p in enumerate(made.menu) if _allowed(p, max_share)]
-    some = [i for i, bias in enumerate(made.biases) if background or bias is None]
-    kept, biases = [made.menu[i] for i in few], [made.biases[i] for i in some]
-    errors, best = made.errors[few][:, some].min(1)
+    kept = [made.menu[i] for i in few]
+    by_bias = made.weighed(recall_weight)[few]
+    plain = made.biases.index(None)
+    biases = [i for i, bias in enumerate(made.biases) if bias is not None and expand]
     near = near_keys(length, block, sinks)
     read, vectors = (
         torch.tensor([near + (keys_of(p, length, block, bounds) if p else 0.0) for p in kept]) for bounds in (1, 2)
     )
-    more = far_queries(length, block, sinks) if len(biases) > 1 else 0.0
-    budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()) + more)
+    errors = by_bias[:, plain]
+    if biases:
+        # Every setting once more, with the bias that suits the head.
+        better, best = by_bias[:, biases].min(1)
+        more = [expansion_keys(made.centres.shape[2], made.centres.shape[3], bounds) for bounds in (1, 2)]
+        errors = torch.cat([errors, better])
+        read, vectors = (torch.cat([x, x + n]) for x, n in zip((read, vectors), more, strict=True))
+    budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()))
     free = [layer for layer in range(number) if layer not in dense]
     choice = torch.full(errors.shape[1:], -1, dtype=torch.long)
     if free:
-        # As if every head had a background.
-        choice[free] = allocate(errors[:, free], read + more, budget=budget, bound=error)
+        choice[free] = allocate(errors[:, free], read, budget=budget, bound=error)
+    expanded = choice >= len(kept)
     options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, kept, dense)}
+    if expanded.any():
+        chosen_bias = torch.tensor([made.biases[i] for i in biases])[best]  # [settings, layers, heads]
+        options["expansions"] = [
+            _expansion(row, own, bias, of_layer)
+            for row, own, bias, of_layer in zip(
+                expanded, choice % len(kept), chosen_bias.unbind(1), made.centres, strict=True
+            )
+        ]
     spent = read[choice.clamp(min=0)]
-    if len(biases) > 1:
-        rows = _biases(choice, best, biases, dense)
-        options["background"] = rows
-        spent = spent + more * torch.tensor([[b is not None for b in row or [None] * shape[1]] for row in rows])
     report = {
         "farfield": __version__,
         "asked": {
-            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "background": background,
+            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "expand": expand,
+            "recall_weight": recall_weight,
         },
         "length": length,
         "calibration": made.effort,
@@ -134,8 +151,14 @@ def convert(
         # What is read where a cell that is scored by its bounds counts as two vectors.
         "vectors": float(_shares(choice, spent + (vectors - read)[choice.clamp(min=0)], context(length)).mean()),
         "menu": [
-            {"setting": None if p is None else _setting(p), "keys": k / context(length), "error": float(e.sum())}
-            for p, k, e in zip(kept, read.tolist(), errors, strict=True)
+            {
+                "setting": None if p is None else _setting(p), "expansion": expansion, "keys": k / context(length),
+                "error": float(e.sum()),
+            }
+            for (expansion, p), k, e in zip(
+                ((more, p) for more in (False, True)[: 2 if biases else 1] for p in kept), read.tolist(), errors,
+                strict=True,
+            )
         ],
     }  # fmt: skip
     configure(model, CONVERTED, **options)
@@ -196,9 +219,9 @@ def _left(keys: float, whole: float, layers: int, dense: int, least: float) -> f
 
 
 def _entries(choice: Tensor, menu: Sequence[Pyramid | None], dense: Sequence[int]) -> list[Any]:
-    """The settings of every layer, as the config holds them."""
+    """The settings of every layer, as the config holds them; numbers beyond the menu's are those with an expansion."""
     entries: list[Any] = []
-    for layer, row in enumerate(choice.tolist()):
+    for layer, row in enumerate((choice % len(menu)).tolist()):
         if layer in dense:
             entries.append("dense")
             continue
@@ -211,12 +234,20 @@ def _entries(choice: Tensor, menu: Sequence[Pyramid | None], dense: Sequence[int
     return entries
 
 
-def _biases(
-    choice: Tensor, best: Tensor, biases: Sequence[float | None], dense: Sequence[int]
-) -> list[list[float | None] | None]:
-    """The bias of every head's background by layer, where ``best`` [settings, layers, heads] are the best numbers."""
-    rows = best.gather(0, choice.clamp(min=0)[None])[0].tolist()
-    return [None if layer in dense else [biases[i] for i in row] for layer, row in enumerate(rows)]
+def _expansion(expanded: Tensor, choice: Tensor, bias: Tensor, centres: Tensor) -> dict[str, Any] | None:
+    """The expansion of a layer, as the config holds it.
+
+    Args:
+        expanded: [heads] bool, which have one.
+        choice: [heads] numbers of settings.
+        bias: [settings, heads] of the expansion beside each setting.
+        centres: [heads, C, D].
+    """
+    heads = expanded.nonzero()[:, 0]
+    if not len(heads):
+        return None
+    made = Expansion.of(tuple(heads.tolist()), tuple(bias[choice[heads], heads].tolist()), centres[heads])
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(made).items()}
 
 
 def _setting(pyramid: Pyramid) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from farfield.far import ByHead, Pyramid
 from farfield.geometry import default_levels, geometry
 from farfield.near import Blocks, Dense
-from farfield.ops.background import BackgroundStream
+from farfield.ops.expansion import ExpansionStream
 from farfield.recipes import Parts
 
-__all__ = ["context", "far_queries", "kept_vectors", "keys_by_head", "keys_of", "near_keys"]
+__all__ = ["context", "expansion_keys", "kept_vectors", "keys_by_head", "keys_of", "near_keys"]
 
 Numbers = npt.NDArray[np.float64]
 
@@ -35,9 +35,14 @@ def near_keys(length: int, block: int, sinks: int) -> float:
     return float((index - start + 1 + np.minimum(sinks, start)).mean())
 
 
-def far_queries(length: int, block: int, sinks: int) -> float:
-    """The share of queries that have anything far: what a background cell reads per query."""
-    return float((_start(np.arange(length), block) > sinks).mean())
+def expansion_keys(number: int, dim: int, bounds: int = 1) -> float:
+    """What an expansion about one of ``number`` centres reads per query.
+
+    Every token is scored by every centre once, which is ``number`` for each query, as there are as many of both; and a
+    query scores the centres to find its own, and one cell. Where vectors are counted (``bounds=2``), there is also the
+    cell's value, a matrix of D by D numbers, as many as D / 2 keys and their values have.
+    """
+    return 2 * number + 1 + (dim / 2 if bounds > 1 else 0)
 
 
 def keys_of(pyramid: Pyramid, length: int, block: int, bounds: int = 1) -> float:
@@ -107,9 +112,9 @@ def keys_by_head(parts: Parts, heads: int, length: int, bounds: int = 1) -> Numb
     counted = np.full(heads, near_keys(length, block, sinks))
     for of_group, pyramid in groups:
         counted[list(of_group)] += keys_of(pyramid, length, block, bounds)
-    biases = parts.far.background if isinstance(parts.far, ByHead) else None
-    if biases is not None:
-        counted[[bias is not None for bias in biases]] += far_queries(length, block, sinks)
+    expansion = parts.far.expansion if isinstance(parts.far, ByHead) else None
+    if expansion is not None:
+        counted[list(expansion.heads)] += expansion_keys(expansion.number, expansion.width, bounds)
     return counted
 
 
@@ -117,7 +122,7 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
     """Vectors per layer that decoding at ``length`` tokens has to keep: keys, values and what choices score.
 
     All tokens where anything is opened, otherwise two blocks and the sinks; what choices score; summaries of plain
-    pyramids; the sums of a background.
+    pyramids; the sums of an expansion.
 
     Raises:
         ValueError: for parts that are not counted.
@@ -140,8 +145,10 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
         shape = geometry((length,), (block,), (_integer(p.rank, "rank"),), p.levels)
         groups_seen = sum(shape.far_list(level, True).shape[1] for level in range(1, shape.levels + 1))
         total += 2 * groups_seen * shape.rank[0]
-    if isinstance(parts.far, ByHead) and parts.far.background is not None:
-        total += 2 * kv_heads * BackgroundStream(block, sinks).places
+    if isinstance(parts.far, ByHead) and parts.far.expansion is not None:
+        expansion = parts.far.expansion
+        of_centre = expansion.width + 2  # k v' row by row, the mean value, the mean key
+        total += len(expansion.heads) * expansion.number * of_centre * ExpansionStream(block, sinks).places
     return total
 
 

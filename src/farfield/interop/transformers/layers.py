@@ -2,9 +2,9 @@
 
 ``config.farfield`` is then ``{"recipe": "converted", "options": {"block": 64, "sinks": 16, "layers": [...]}}`` with one
 entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads in no group see
-the near field and the sinks only. ``"background"``, where it is there, has one entry per layer too: the bias of every
-head's background cell (:class:`farfield.far.ByHead`), null for a head or a layer without. No group has parameters, so
-that plain ``from_pretrained`` reads such a model.
+the near field and the sinks only. ``"expansions"``, where it is there, has one entry per layer too: the fields of
+:class:`farfield.far.Expansion`, ``{"heads": [..], "bias": [..], "number": 8, "centres": "<base64>"}``, null for a layer
+without. No group has parameters, so that plain ``from_pretrained`` reads such a model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from farfield.far import ByHead, Pyramid
+from farfield.far import ByHead, Expansion, Pyramid
 from farfield.near import Blocks, Dense
 from farfield.recipes import Parts
 
@@ -21,7 +21,7 @@ __all__ = ["CONVERTED", "check", "group_of", "layer_parts", "pyramid_of", "setti
 CONVERTED = "converted"
 """The name that stands where a recipe's does."""
 
-_OPTIONS = ("block", "sinks", "layers", "background")
+_OPTIONS = ("block", "sinks", "layers", "expansions")
 _SETTINGS = (
     "rank", "levels", "count_bias", "open", "beam", "page", "share", "beam_share", "recent", "rest", "choose",
 )  # fmt: skip
@@ -66,13 +66,14 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown or not isinstance(options.get("layers"), list | tuple):
         raise TypeError(
-            "settings by layer are block=, sinks=, layers= (a list, one entry per layer) and background= (the same); "
+            "settings by layer are block=, sinks=, layers= (a list, one entry per layer) and expansions= (the same); "
             f"got {sorted(options)}, layers of type {type(options.get('layers')).__name__}"
         )
-    whole = {"block": 64, "sinks": 16, "background": None, **options}
-    biases = whole["background"]
-    if biases is not None and (not isinstance(biases, list | tuple) or len(biases) != len(whole["layers"])):
-        raise ValueError(f"background={biases!r}: a list of {len(whole['layers'])} entries, one per layer, is needed")
+    whole = {"block": 64, "sinks": 16, "expansions": None, **options}
+    more = whole["expansions"]
+    if more is not None and (not isinstance(more, list | tuple) or len(more) != len(whole["layers"])):
+        given = f"{len(more)} entries" if isinstance(more, list | tuple) else repr(more)
+        raise ValueError(f"expansions={given}: a list of {len(whole['layers'])} entries, one per layer, is needed")
     for layer in range(len(whole["layers"])):
         layer_parts(**setting_of_layer(whole, layer))
     return whole
@@ -89,23 +90,23 @@ def setting_of_layer(options: dict[str, Any], layer: int) -> dict[str, Any]:
         raise ValueError(f"the model has a layer {layer}, and settings for {len(entries)} layers only")
     entry = entries[layer]
     groups = entry if isinstance(entry, str) else tuple(tuple(_frozen(group).items()) for group in entry)
-    biases = (options.get("background") or [None] * len(entries))[layer]
+    expansion = (options.get("expansions") or [None] * len(entries))[layer]
     return {
         "block": options.get("block", 64),
         "sinks": options.get("sinks", 16),
         "groups": groups,
-        "background": None if biases is None else tuple(biases),
+        "expansion": None if expansion is None else tuple(_frozen(expansion).items()),
     }
 
 
 def _frozen(group: Any) -> dict[str, Any]:
     if not isinstance(group, dict):
-        raise TypeError(f"a group of heads is {group!r}: a dict with 'heads' and a pyramid's settings is needed")
+        raise TypeError(f"a group or an expansion is {group!r}: a dict with 'heads' and settings is needed")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
 
 
 def layer_parts(
-    block: int, sinks: int, groups: str | tuple[Any, ...], background: tuple[float | None, ...] | None = None
+    block: int, sinks: int, groups: str | tuple[Any, ...], expansion: tuple[Any, ...] | None = None
 ) -> Parts:
     """The parts of one layer.
 
@@ -113,7 +114,7 @@ def layer_parts(
         block: tokens of a leaf block.
         sinks: leading tokens that are always seen.
         groups: "dense", or for every group the items of its settings.
-        background: the bias of every head's background cell, None for none.
+        expansion: the items of a :class:`farfield.far.Expansion`, None for none.
 
     Raises:
         ValueError, TypeError: for settings that make no sense, with the reason.
@@ -121,8 +122,9 @@ def layer_parts(
     if isinstance(groups, str):
         if groups != "dense":
             raise ValueError(f"settings of a layer are {groups!r}: 'dense' or a list of groups would be accepted")
-        if background is not None:
-            raise ValueError(f"a dense layer with background={background}: nothing is far there; null is needed")
+        if expansion is not None:
+            raise ValueError("a dense layer with an expansion: nothing is far there; null is needed")
         return Parts(near=Dense(), far=None, merge="softmax")
     made = [pyramid_of(dict(items), sinks) for items in groups]
-    return Parts(near=Blocks(block), far=ByHead(tuple(made), sinks=sinks, background=background), merge="softmax")
+    far = ByHead(tuple(made), sinks=sinks, expansion=None if expansion is None else Expansion(**dict(expansion)))
+    return Parts(near=Blocks(block), far=far, merge="softmax")

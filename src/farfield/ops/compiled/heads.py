@@ -22,11 +22,11 @@ class Step(ctypes.Structure):
         ("banks", ctypes.POINTER(ctypes.c_void_p)),
         ("bank_of", ctypes.POINTER(ctypes.c_int64)),
         ("bank_room", ctypes.POINTER(ctypes.c_int64)),
-        *((name, ctypes.c_void_p) for name in ("table", "sums", "biases", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("table", "out", "lse")),
         *(
             (name, ctypes.c_int64)
             for name in (
-                "batch", "heads", "shared", "dim", "ring", "room", "width", "places", "at", "block", "sinks", "threads",
+                "batch", "heads", "shared", "dim", "ring", "room", "width", "at", "block", "sinks", "threads",
             )
         ),
         ("scale", ctypes.c_float),
@@ -41,8 +41,6 @@ def step_heads(
     chosen: Tensor,
     banks: Sequence[Tensor],
     table: Tensor,
-    sums: Tensor | None,
-    biases: Tensor | None,
     *,
     at: int,
     block: int,
@@ -61,8 +59,6 @@ def step_heads(
         table: [Hq, 14] int64, for every head: its key head; bank of its cells (-1: the keys) and which of the bank's
             heads; the same of its pages; tokens of a cell and of a page; beam, open, share, beam_share, recent; whether
             it chooses by bounds; whether log(count) is added. ``open`` 0: nothing is opened.
-        sums: [B, Hkv, R, 2 D] of :class:`farfield.ops.background.BackgroundStream`, and
-        biases: [Hq] of the background cells, -inf for none; or both None.
         at, block, sinks, scale: of the step.
 
     Returns:
@@ -76,10 +72,9 @@ def step_heads(
         chosen=pointer(chosen), width=chosen.shape[2],
         banks=(ctypes.c_void_p * number)(*(pointer(x) for x in banks)),
         bank_of=(ctypes.c_int64 * number)(*(x.shape[1] for x in banks)),
-        bank_room=(ctypes.c_int64 * number)(*(x.shape[2] for x in banks)), table=pointer(table), sums=pointer(sums),
-        biases=pointer(biases), out=pointer(out), lse=pointer(lse), batch=query.shape[0], heads=query.shape[1],
-        shared=keys.shape[1], dim=query.shape[2], ring=queries.shape[2], room=keys.shape[2],
-        places=1 if sums is None else sums.shape[2], at=at, block=block, sinks=sinks, threads=torch.get_num_threads(),
+        bank_room=(ctypes.c_int64 * number)(*(x.shape[2] for x in banks)), table=pointer(table), out=pointer(out),
+        lse=pointer(lse), batch=query.shape[0], heads=query.shape[1], shared=keys.shape[1], dim=query.shape[2],
+        ring=queries.shape[2], room=keys.shape[2], at=at, block=block, sinks=sinks, threads=torch.get_num_threads(),
         scale=scale,
     )  # fmt: skip
     check(library().farfield_step(ctypes.byref(step)))

@@ -1451,8 +1451,8 @@ extern "C" int farfield_descend(const Descent* descent) {
 
 // Decoding -----------------------------------------------------------------------------------------------------------
 
-// A step of decoding. Every row of [batch, heads] reads, in one softmax: sinks and near field; the tokens of the pages that
-// its leader opens, by a choice among the cells of one level and then among the pages under those; its background cell.
+// A step of decoding. Every row of [batch, heads] reads, in one softmax: sinks and near field, and the tokens of the pages
+// that its leader opens, by a choice among the cells of one level and then among the pages under those.
 struct Step {
   const float *query, *queries;                         // [batch, heads, D]; [batch, heads, ring, D], the last ones
   const float *keys, *values;                           // [batch, shared, room, D]
@@ -1460,9 +1460,8 @@ struct Step {
   const float* const* banks;                            // [batch, of, bank_room, D or 2 D] what is scored
   const int64_t *bank_of, *bank_room;
   const int64_t* table;                                 // [heads, HEAD]
-  const float *sums, *biases;                           // [batch, shared, places, 2 D] and [heads], or null
   float *out, *lse;                                     // [batch, heads, D], [batch, heads]
-  int64_t batch, heads, shared, dim, ring, room, width, places, at, block, sinks, threads;
+  int64_t batch, heads, shared, dim, ring, room, width, at, block, sinks, threads;
   float scale;
 };
 
@@ -1562,22 +1561,14 @@ static void step_row(const Step& c, int64_t b, int64_t h, StepMemory& m) {
   see(0, std::min(c.sinks, start));
   for (const int64_t page : m.chosen) see(std::max(c.sinks, page * t[PAGE]), (page + 1) * t[PAGE]);
   see(start, c.at + 1);
-  const int64_t far = start - c.sinks;
-  const bool background = c.sums && far > 0 && c.biases[h] != NONE;
-  if (background) {
-    const float* const sum = c.sums + (of * c.places + (number - 1) % c.places) * 2 * c.dim;
-    m.row.push_back(sum), m.value.push_back(sum + c.dim);
-  }
   const int64_t n = m.row.size();
   products(query, m.row, c.dim, m.weight);
   for (int64_t i = 0; i < n; i++) m.weight[i] *= factor;
-  if (background) m.weight[n - 1] = m.weight[n - 1] / (float)far + (std::log((float)far) + c.biases[h]) * LOG2E;
   std::fill(m.weight.begin() + n, m.weight.end(), NONE);
   float most = NONE, total = 0.0f;
   for (const float s : m.weight) most = s > most || s != s ? s : most;
   for (int64_t i = 0; i < n; i += LANES) put(&m.weight[i], exp2_of(load(&m.weight[i]) - most));
   for (int64_t i = 0; i < n; i++) total += m.weight[i];
-  if (background) m.weight[n - 1] /= (float)far;  // the sum becomes a mean
   float* const out = c.out + (b * c.heads + h) * c.dim;
   std::memset(out, 0, c.dim * 4);
   for (int64_t i = 0; i < n; i++) {
@@ -1609,8 +1600,132 @@ extern "C" int farfield_step(const Step* step) {
   });
 }
 
+// Expansions ---------------------------------------------------------------------------------------------------------
+
+// Everything that lies two blocks and more before a query's block, about the centre that is the query's own: see
+// farfield/ops/expansion.py. Sums are in units of exp(peak), the largest score so far: nothing hangs on later tokens.
+struct Expansion {
+  const float *query, *key, *value;  // [batch, heads, N, D]; [batch, shared, N, D]
+  const float *centres, *bias;       // [heads, number, D]; [heads]
+  const int64_t* own;                // [batch, heads, N] the number of a query's centre
+  const uint8_t* shown;              // [batch, N] tokens that count
+  float *out, *lse;                  // [batch, heads, N, D], [batch, heads, N]
+  int64_t batch, heads, shared, length, dim, number, block, threads;
+  float scale;
+};
+
+struct Expander {
+  const Expansion& c;
+  std::vector<float> rows, keys, values, about, score, weighed, apart, made;
+  std::vector<const float*> row, read;
+  std::vector<float*> written;
+  std::vector<int64_t> asked;
+  float peak, mass;
+
+  explicit Expander(const Expansion& call)
+      : c(call), rows(call.dim * call.dim), keys(call.dim), values(call.dim), about(call.dim),
+        weighed(call.block * call.dim), apart(call.block * call.dim), made(call.block * call.dim) {}
+
+  // Adds the tokens [from, from + block).
+  void absorb(int64_t b, int64_t h, int64_t from) {
+    const int64_t of = (b * c.shared + h / (c.heads / c.shared)) * c.length;
+    row.clear(), read.clear();
+    for (int64_t j = from; j < from + c.block; j++)
+      if (c.shown[b * c.length + j]) row.push_back(c.key + (of + j) * c.dim), read.push_back(c.value + (of + j) * c.dim);
+    const int64_t n = row.size();
+    if (!n) return;
+    products(about.data(), row, c.dim, score);
+    float most = peak;
+    for (int64_t j = 0; j < n; j++) most = score[j] > most || score[j] != score[j] ? score[j] : most;
+    if (!(most == peak)) {
+      const float factor = peak == NONE ? 0.0f : std::exp(peak - most);
+      for (float& x : rows) x *= factor;
+      for (int64_t d = 0; d < c.dim; d++) keys[d] *= factor, values[d] *= factor;
+      mass *= factor, peak = most;
+    }
+    for (int64_t j = 0; j < n; j++) {
+      const float w = std::exp(score[j] - peak);
+      float* const to = weighed.data() + j * c.dim;
+      mass += w;
+      for (int64_t d = 0; d < c.dim; d++) {
+        to[d] = w * row[j][d];
+        keys[d] += to[d];
+        values[d] += w * read[j][d];
+      }
+    }
+    for (int64_t d = 0; d < c.dim; d += TALL)
+      for (int64_t i = 0; i < c.dim; i += PANEL)
+        column_tiles(std::min<int64_t>(TALL, c.dim - d), weighed.data() + d, c.dim, read.data(), n, n, n,
+                     rows.data() + d * c.dim, c.dim, i);
+  }
+
+  void answer(int64_t b, int64_t h, int64_t centre, int64_t from, int64_t to) {
+    const int64_t of = (b * c.heads + h) * c.length;
+    const float* const about_ = c.centres + (h * c.number + centre) * c.dim;
+    asked.clear();
+    for (int64_t i = from; i < to; i++)
+      if (c.own[of + i] == centre) asked.push_back(i);
+    const int64_t n = asked.size();
+    if (mass == 0.0f) {
+      for (const int64_t i : asked) std::memset(c.out + (of + i) * c.dim, 0, c.dim * 4), c.lse[of + i] = NONE;
+      return;
+    }
+    row.resize(n), written.resize(n);
+    for (int64_t k = 0; k < n; k++) {
+      const float* const query = c.query + (of + asked[k]) * c.dim;
+      float *const x = apart.data() + k * c.dim, *const y = made.data() + k * c.dim;
+      float common = 0.0f;
+      for (int64_t d = 0; d < c.dim; d++) x[d] = (query[d] - about_[d]) * c.scale, common += x[d] * keys[d];
+      common /= mass;
+      for (int64_t d = 0; d < c.dim; d++) y[d] = (1.0f - common) * values[d];
+      c.lse[of + asked[k]] = std::log(mass) + peak + common + c.bias[h];
+      row[k] = x, written[k] = y;
+    }
+    for (int64_t k = 0; k < n; k += TALL)
+      row_tiles<true>(std::min<int64_t>(TALL, n - k), row.data() + k, written.data() + k, 0, c.dim, rows.data(), c.dim, 0,
+                      c.dim, nullptr);
+    for (int64_t k = 0; k < n; k++)
+      for (int64_t d = 0; d < c.dim; d++) c.out[(of + asked[k]) * c.dim + d] = written[k][d] / mass;
+  }
+
+  void run(int64_t b, int64_t h, int64_t centre) {
+    for (int64_t d = 0; d < c.dim; d++) about[d] = c.centres[(h * c.number + centre) * c.dim + d] * c.scale;
+    std::fill(rows.begin(), rows.end(), 0.0f);
+    std::fill(keys.begin(), keys.end(), 0.0f);
+    std::fill(values.begin(), values.end(), 0.0f);
+    peak = NONE, mass = 0.0f;
+    for (int64_t from = 0; from < c.length; from += c.block) {
+      if (from >= 2 * c.block) absorb(b, h, from - 2 * c.block);
+      answer(b, h, centre, from, std::min(c.length, from + c.block));
+    }
+  }
+};
+
+extern "C" int farfield_expand(const Expansion* expansion) {
+  return guarded([=] {
+    const Expansion& c = *expansion;
+    bool failed = false;
+#pragma omp parallel num_threads((int)c.threads) if (c.length * c.dim * c.dim > SHORT)
+    {
+      std::unique_ptr<Expander> worker;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < c.batch * c.heads * c.number; i++) {
+        try {
+          if (!worker) worker = std::make_unique<Expander>(c);
+          worker->run(i / c.number / c.heads, i / c.number % c.heads, i % c.number);
+        } catch (...) {
+#pragma omp atomic write
+          failed = true;
+        }
+      }
+    }
+    if (failed) throw std::bad_alloc();
+  });
+}
+
 // So that a caller can see that it speaks of the same structures.
 extern "C" int64_t farfield_size(int64_t of) {
-  const int64_t sizes[] = {sizeof(Store), sizeof(Call), sizeof(Reduction), sizeof(Rung), sizeof(Descent), sizeof(Step)};
+  const int64_t sizes[] = {sizeof(Store), sizeof(Call), sizeof(Reduction), sizeof(Rung), sizeof(Descent), sizeof(Step),
+                           sizeof(Expansion)};
   return sizes[of];
 }

@@ -1,8 +1,8 @@
 """Decoding where every head opens cells in its own way: tokens are kept once for every key head, not for every group.
 
-One level of cells, and what stays closed is dropped, so that a step reads three things in one softmax: the near field
-and the sinks, the tokens of the pages that a head's leader opens, and the background cell where there is one. What the
-choice scores depends on the key head and the size of a cell alone, and is kept once for all that share it.
+One level of cells, and what stays closed is dropped, so that a step reads two things in one softmax: the near field and
+the sinks, and the tokens of the pages that a head's leader opens. What the choice scores depends on the key head and
+the size of a cell alone, and is kept once for all that share it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import EMPTY
-from farfield.ops.background import BackgroundStream
 from farfield.ops.cache import Cache, exactly, grown, join_rows, room_for, write_ring
 from farfield.ops.compiled import choice as compiled
 from farfield.ops.compiled.heads import step_heads
 from farfield.ops.opened.choose import top
 from farfield.ops.opened.leaders import leader_of
-from farfield.ops.state import AttentionState, merge_states, state_from_scores
+from farfield.ops.state import AttentionState, state_from_scores
 from farfield.ops.tiles import compute_dtype
 
 __all__ = ["HeadsStream", "Opens"]
@@ -56,16 +55,15 @@ class HeadsStream:
     """The stream of a layer whose heads open cells; causal, 1-D.
 
     A cache holds all ``keys`` and ``values``, the last ``queries``, for every size and kind of cell that is scored its
-    bounds or means (``bounds 4``, ``mean 32``) for the key heads that need them, and the ``sums`` of a background; in
-    ``chosen``, per head, one more than the number of the run of queries that the last choice is for (0: none), and its
-    pages, ``EMPTY`` where there are fewer. A step costs the choice (all cells, then the pages under the best; compiled,
-    once for a run), near field and opened tokens; when a block is complete, O(block).
+    bounds or means (``bounds 4``, ``mean 32``) for the key heads that need them; in ``chosen``, per head, one more
+    than the number of the run of queries that the last choice is for (0: none), and its pages, ``EMPTY`` where there
+    are fewer. A step costs the choice (all cells, then the pages under the best; compiled, once for a run), near field
+    and opened tokens; when a block is complete, O(block).
 
     Attributes:
         block, sinks: of the near field.
         heads: per query head, how it opens cells; None for a head that opens none.
         kv_heads: key heads; query heads are their consecutive groups.
-        background: per query head the bias of its background cell, None for none; or None.
         rewind: tokens that can be taken back.
     """
 
@@ -73,7 +71,6 @@ class HeadsStream:
     sinks: int
     heads: tuple[Opens | None, ...]
     kv_heads: int
-    background: tuple[float | None, ...] | None = None
     rewind: int = 0
 
     def key_head(self, head: int) -> int:
@@ -103,11 +100,6 @@ class HeadsStream:
         """Queries kept, so that every leader can be made after tokens were taken back."""
         return max((opens.beam_share + opens.recent for opens in self.groups), default=1) + self.rewind
 
-    @property
-    def sums(self) -> BackgroundStream | None:
-        """The stream of the background."""
-        return None if self.background is None else BackgroundStream(self.block, self.sinks, self.rewind)
-
     def empty(self, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Cache:
         """The cache of rows without tokens."""
         with torch.inference_mode(False):
@@ -119,8 +111,6 @@ class HeadsStream:
             for (kind, size), of in self.banks.items():
                 width = 2 * dim if kind == "bounds" else dim
                 cache[f"{kind} {size}"] = torch.zeros(batch, len(of), 0, width, dtype=torch.float32, device=device)
-        if self.sums is not None:
-            cache |= self.sums.empty(batch, self.kv_heads, dim, dtype, device)
         return cache
 
     def reserve(self, cache: Cache, length: int) -> None:
@@ -141,8 +131,6 @@ class HeadsStream:
         write_ring(cache["queries"], query, 0)
         cache["chosen"][:, :, 0] = 0
         self._score(cache, 0, length // self.block * self.block)
-        if self.sums is not None:
-            self.sums.fill(cache, key, value)
 
     def _score(self, cache: Cache, start: int, stop: int) -> None:
         """Bounds and means of the cells of whole blocks."""
@@ -183,14 +171,14 @@ class HeadsStream:
             attend = self._compiled if self._can(cache) else self._torch
             states.append(attend(cache, query[:, :, now], at, scale))
             if (at + 1) % self.block == 0:
-                whole = slice(at + 1 - self.block, at + 1)
-                self._score(cache, whole.start, whole.stop)
-                if self.sums is not None:
-                    number = at // self.block
-                    self.sums.close(cache, number, cache["keys"][:, :, whole], cache["values"][:, :, whole])
+                self._score(cache, at + 1 - self.block, at + 1)
         joined = join_rows(states)
         assert isinstance(joined, AttentionState)
         return joined
+
+    def tokens(self, cache: Cache, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, stop - start, D] of these positions."""
+        return cache["keys"][:, :, start:stop], cache["values"][:, :, start:stop]
 
     def _can(self, cache: Cache) -> bool:
         """Whether one compiled call does it: float32 on the CPU."""
@@ -219,19 +207,12 @@ class HeadsStream:
         return torch.tensor(rows, dtype=torch.int64)
 
     def _compiled(self, cache: Cache, query: Tensor, at: int, scale: float) -> AttentionState:
-        biases = sums = None
-        if self.sums is not None:
-            biases, sums = self._biases, cache["sums"]
         out, lse = step_heads(
             query[:, :, 0], cache["queries"], cache["keys"], cache["values"], cache["chosen"],
-            [cache[f"{kind} {size}"] for kind, size in self.banks], self._table, sums, biases, at=at,
-            block=self.block, sinks=self.sinks, scale=scale,
+            [cache[f"{kind} {size}"] for kind, size in self.banks], self._table, at=at, block=self.block,
+            sinks=self.sinks, scale=scale,
         )  # fmt: skip
         return AttentionState(out[:, :, None], lse[:, :, None])
-
-    @cached_property
-    def _biases(self) -> Tensor:
-        return torch.tensor([-torch.inf if bias is None else bias for bias in self.background or ()])
 
     def _torch(self, cache: Cache, query: Tensor, at: int, scale: float) -> AttentionState:
         """The same in torch: the tokens that each head sees, gathered; every step chooses anew."""
@@ -255,10 +236,7 @@ class HeadsStream:
             scores = (key @ query[:, :, 0, :, None].to(wide)).squeeze(-1) * scale
             scores = scores.masked_fill(tokens == EMPTY, -torch.inf)
             state = state_from_scores(scores[:, :, None], value)
-            state = AttentionState(state.out.to(query.dtype), state.lse)
-            if self.sums is None:
-                return state
-            return merge_states(state, self.sums.attend(cache, query, self._biases.to(device), number, scale))
+            return AttentionState(state.out.to(query.dtype), state.lse)
 
     def _tokens(self, cache: Cache, opens: Opens, heads: list[int], at: int, scale: float) -> Tensor:
         """[B, heads, open page] tokens that heads open, ``EMPTY`` where there are fewer."""

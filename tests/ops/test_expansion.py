@@ -1,0 +1,145 @@
+"""Everything far in one cell: the sums of its definition, their gradients, and what they must not depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from farfield.ops import expansion
+from farfield.ops.compiled import choice as compiled
+from farfield.ops.expansion import ExpansionStream, expansion_state, nearest
+
+
+def case(length: int, width: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """Queries, keys, values, centres and biases: 2 rows, 6 heads, 2 key heads, 3 centres."""
+    q = torch.randn(2, 6, length, width, dtype=dtype)
+    k, v = (torch.randn(2, 2, length, width, dtype=dtype) for _ in range(2))
+    return q, k, v, torch.randn(6, 3, width, dtype=dtype), torch.randn(6, dtype=dtype)
+
+
+def by_hand(
+    q: Tensor, k: Tensor, v: Tensor, centres: Tensor, bias: Tensor, block: int, mask: Tensor | None, sinks: int
+) -> tuple[Tensor, Tensor]:
+    """Loops over queries; scale 0.7."""
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        far = [j for j in range(sinks, max(sinks, (i // block - 1) * block)) if mask is None or mask[b, j]]
+        if not far:
+            continue
+        keys, values = k[b, h // 3, far], v[b, h // 3, far]
+        centre = centres[h][(q[b, h, i] - centres[h]).square().sum(-1).argmin()]
+        x, scores = 0.7 * (q[b, h, i] - centre), 0.7 * keys @ centre
+        weight = scores.softmax(0)
+        mean = weight @ keys
+        lse[b, h, i] = scores.logsumexp(0) + x @ mean + bias[h]
+        out[b, h, i] = weight @ values + (weight * ((keys - mean) @ x)) @ values
+    return out, lse
+
+
+@pytest.mark.parametrize("length", [3, 8, 13, 37, 151])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sinks", [0, 3, 7])
+def test_it_is_its_definition(length: int, masked: bool, sinks: int) -> None:
+    q, k, v, centres, bias = case(length)
+    for x in (q, k, v):
+        x.requires_grad_()
+    mask = torch.rand(2, length) < 0.8 if masked else None
+    got = expansion_state(q, k, v, centres, bias, block=4, key_mask=mask, scale=0.7, sinks=sinks)
+    out, lse = by_hand(q, k, v, centres, bias, 4, mask, sinks)
+    torch.testing.assert_close(got.out, out)
+    torch.testing.assert_close(got.lse, lse)
+    some = lse.isfinite()
+    if some.any():
+        upstream, of_lse = torch.randn_like(out), torch.randn_like(lse)[some]
+        grads = [
+            torch.autograd.grad((o * upstream).sum() + (s[some] * of_lse).sum(), (q, k, v))
+            for o, s in (got, (out, lse))
+        ]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_it_is_exact_to_first_order() -> None:
+    """The error against exact attention to what is far falls with the square of the distance from the centre."""
+    q, k, v, centres, _ = case(40)
+    errors = []
+    for size in (0.1, 0.05):
+        near = centres.gather(1, nearest(q, centres)[0, :, :, None].expand(-1, -1, 5))
+        query = (near + size * (q[:1] - near)).contiguous()
+        got = expansion_state(query, k[:1], v[:1], centres, torch.zeros(6), block=4, key_mask=None, scale=0.7, sinks=0)
+        scores = 0.7 * query @ k[:1].repeat_interleave(3, 1).mT
+        index = torch.arange(40)
+        scores = scores.masked_fill(index >= (index // 4 - 1)[:, None] * 4, -torch.inf)[:, :, 8:]
+        exact = scores.softmax(-1) @ v[:1].repeat_interleave(3, 1)
+        errors.append(
+            torch.stack([(got.out[:, :, 8:] - exact).norm(), (got.lse[:, :, 8:] - scores.logsumexp(-1)).norm()])
+        )
+    ratio = errors[0] / errors[1]
+    assert ((ratio > 3.5) & (ratio < 4.5)).all()
+
+
+@pytest.mark.parametrize("width", [32, 64, 96])
+@pytest.mark.parametrize("length", [64, 130, 997])
+def test_the_compiled_engine_keeps_its_error_budget(width: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64: sums of up to N terms lose sqrt(N) roundings, and (1 - x.K) V + x.(k v') that many times x.k."""
+    if compiled.why_not() is not None:
+        pytest.skip(f"the compiled engine is not there: {compiled.why_not()}")
+    given = [2 * x for x in case(length, width, torch.float32)]
+    mask = torch.rand(2, length) < 0.7
+
+    def run(*tensors: Tensor) -> Tensor:
+        q, k, v, centres, bias = tensors
+        got = expansion_state(q, k, v, centres, bias, block=64, key_mask=mask, scale=width**-0.5, sinks=4)
+        return torch.cat([got.out, got.lse[..., None]], -1).double()
+
+    calls: list[int] = []
+    real = expansion.expand
+    monkeypatch.setattr(expansion, "expand", lambda *args: (calls.append(1), real(*args))[1])
+    fast = run(*given)
+    assert calls
+    exact = run(*(x.double() for x in given))
+    assert len(calls) == 1
+    some = exact.isfinite()
+    assert torch.equal(some, fast.isfinite())
+    q, k, v, centres, _ = given
+    own = centres.gather(1, nearest(q, centres).transpose(0, 1).flatten(1)[..., None].expand(-1, -1, width))
+    x = (q - own.view(6, 2, length, width).transpose(0, 1)) * width**-0.5
+    most = (x @ k.repeat_interleave(3, 1).mT).abs().max().item()
+    budget = 2.0**-24 * length**0.5 * (1 + most) * v.abs().max().item()
+    assert budget < 2e-3
+    if some[..., -1].any():
+        assert 0 < (fast - exact)[some].abs().max() <= budget
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(5, torch.float64), (32, torch.float32)], ids=["torch", "compiled"])
+def test_nothing_hangs_on_later_tokens(width: int, dtype: torch.dtype) -> None:
+    """Bit by bit, though a later score is far larger; and what is hidden may hold anything."""
+    q, k, v, centres, bias = case(150, width, dtype)
+    mask = torch.rand(2, 150) < 0.8
+    options = {"block": 4, "scale": 0.7, "sinks": 2}
+    first = expansion_state(q, k, v, centres, bias, key_mask=mask, **options)  # type: ignore[arg-type]
+    k[:, :, 100:] *= 40
+    v[:, :, 100:] = 1e6
+    hidden = ~mask[:, None, :, None]
+    k, v = k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan)
+    second = expansion_state(q, k, v, centres, bias, key_mask=mask, **options)  # type: ignore[arg-type]
+    assert torch.equal(first.out[:, :, :104], second.out[:, :, :104])
+    assert torch.equal(first.lse[:, :, :104], second.lse[:, :, :104])
+    assert second.out.isfinite().all()
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 4, 11, 90, 151])
+def test_a_stream_has_the_same_sums(prompt: int) -> None:
+    q, k, v, centres, bias = case(151)
+    whole = expansion_state(q, k, v, centres, bias, block=4, key_mask=None, scale=0.7, sinks=3)
+    stream = ExpansionStream(4, 3)
+    cache = stream.empty(2, centres, torch.float64, torch.device("cpu"))
+    stream.fill(cache, k[:, :, :prompt], v[:, :, :prompt], centres, 0.7)
+    for at in range(prompt, 151):
+        got = stream.attend(cache, q[:, :, at : at + 1], centres, bias, at // 4, 0.7)
+        torch.testing.assert_close(got.out[:, :, 0], whole.out[:, :, at])
+        torch.testing.assert_close(got.lse[:, :, 0], whole.lse[:, :, at])
+        if (at + 1) % 4 == 0:
+            block = slice(at - 3, at + 1)
+            stream.close(cache, at // 4, k[:, :, block], v[:, :, block], centres, 0.7)
