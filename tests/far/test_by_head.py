@@ -14,7 +14,9 @@ import farfield as ff
 from farfield.attention import ReadyAttention
 from farfield.far import ByHead, Expansion, Pyramid
 from farfield.near import Blocks
+from farfield.ops.expansion import expansion_state
 from farfield.ops.multipole import multipole_attention
+from farfield.ops.state import merge_states
 from farfield.parts import Inputs, LayerSpec
 
 SPEC = LayerSpec(dim=24, num_heads=6, num_kv_heads=2, head_dim=4, causal=True, dims=1)
@@ -116,7 +118,37 @@ def test_an_expansion_is_one_more_cell_for_its_heads() -> None:
         torch.testing.assert_close(packed[:, :, start:stop], attend(far, part))
 
 
-def test_an_expansion_about_the_queries_themselves_is_exact_where_keys_are_one() -> None:
+@pytest.mark.parametrize("heads", [(0,), (0, 1, 3), (1, 2, 3), (0, 2, 3, 5), (2, 4, 5)], ids=str)
+def test_a_head_of_a_selection_reads_its_own_keys(heads: tuple[int, ...]) -> None:
+    """Each as if it were the only one that has an expansion, its key head the only one there is."""
+    given, centres = inputs(), torch.randn(6, 3, 4)
+    far = ByHead(sinks=3, expansion=Expansion.of(heads, (0.5,) * len(heads), centres[list(heads)]))
+    got = attend(far, given)
+    for h in heads:
+        q, (k, v) = given.q[:, h : h + 1], (x[:, h // 3 : h // 3 + 1] for x in (given.k, given.v))
+        near = ReadyAttention(LayerSpec(4, 1, 1, 4, causal=True), near=Blocks(8), far=ByHead(sinks=3))
+        alone = replace(given, q=q, k=k, v=v)
+        centre = Expansion.of((0,), (0.5,), centres[h : h + 1]).tensor().double()
+        states = [
+            near.far(alone),
+            expansion_state(q, k, v, centre, torch.tensor([0.5]), block=8, key_mask=None, scale=0.9, sinks=3),
+        ]  # type: ignore[misc]
+        torch.testing.assert_close(got[:, h], merge_states(*states).out[:, 0])
+
+
+def test_states_of_other_centres_are_other_states() -> None:
+    """A decode state holds sums about the centres, so a layer of others refuses it."""
+    layers = [
+        ff.Attention(24, 6, num_kv_heads=2, near=Blocks(8), far=ByHead(expansion=x), causal=True).eval()
+        for x in (EXPANSION, Expansion.of(EXPANSION.heads, EXPANSION.bias, EXPANSION.tensor() + 1))
+    ]
+    state = layers[0].stream()
+    layers[0].step(torch.randn(1, 30, 24), state)
+    with pytest.raises(ValueError, match="state"):
+        layers[1].step(torch.randn(1, 1, 24), state)
+
+
+def test_an_expansion_is_exact_where_far_keys_are_one() -> None:
     """Far keys that are all alike have no spread to expand: the joint softmax is that of exact attention."""
     given = inputs()
     given.k[:] = given.k[:, :, :1]
@@ -125,7 +157,7 @@ def test_an_expansion_about_the_queries_themselves_is_exact_where_keys_are_one()
 
 
 @pytest.mark.parametrize("groups", [(), (((4, 0), OPENED), ((3, 1), PLAIN))], ids=["near", "opened"])
-@pytest.mark.parametrize("sinks", [3, 11])
+@pytest.mark.parametrize("sinks", [0, 3, 11])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 33])
 def test_an_expansion_streams(groups: Any, sinks: int, chunk: int) -> None:
     """In chunks from the first token on, with tokens taken back across the border of a block."""
@@ -193,9 +225,10 @@ def test_parts_compare_and_print() -> None:
         (lambda: ByHead((((0,), PLAIN),)).check(SPEC, ff.near.Dense()), r"use near=Blocks"),
         (lambda: ByHead((((0,), Pyramid(3)),)).check(SPEC, Blocks(8)), "rank=3"),
         (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, causal=False), Blocks(8)), "causal=False, dims=1"),
-        (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, head_dim=8), Blocks(8)), "<width 4>.* of width 8"),
+        (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, head_dim=8), Blocks(8)), "4 wide>.* of width 8"),
         (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, num_heads=4), Blocks(8)), "a layer of 4 heads"),
         (lambda: Expansion.of((1, 0), (0.0, 0.0), torch.zeros(2, 1, 4)), r"heads=\(1, 0\)\): rising"),
+        (lambda: Expansion((0,), 0.5, 1, "AAAA"), r"bias=0.5\): a finite number for each of 1 heads"),  # type: ignore[arg-type]
         (lambda: Expansion.of((0,), (math.inf,), torch.zeros(1, 1, 4)), "a finite number for each of 1 heads"),
         (lambda: Expansion.of((0,), (0.0,), torch.full((1, 1, 4), math.nan)), "no finite float16"),
         (lambda: Expansion((0,), (0.0,), 0, "AAAA"), "number=0"),

@@ -151,12 +151,12 @@ def test_plain_pyramids_and_layers_are_counted() -> None:
 
 
 def test_an_expansion_is_counted() -> None:
-    """Tokens scored by 3 centres, centres by the query, a cell; as vectors also a matrix of 8 by 8."""
+    """Tokens scored by 3 centres, centres by the query, a cell; as vectors also 3 + 1 matrices of 8 by 8."""
     expansion = Expansion.of((1,), (0.5,), torch.zeros(1, 3, 8))
     alone, some = (Parts(Blocks(8), ByHead(sinks=3, expansion=x)) for x in (None, expansion))
     assert expansion_keys(3, 8) == 3 + 3 + 1
-    assert expansion_keys(3, 8, bounds=2) == 3 + 3 + 1 + 4
-    for bounds, expected in ((1, 7.0), (2, 11.0)):
+    assert expansion_keys(3, 8, bounds=2) == 3 + 3 + 1 + 4 * 4
+    for bounds, expected in ((1, 7.0), (2, 23.0)):
         more = keys_by_head(some, 2, 90, bounds) - keys_by_head(alone, 2, 90, bounds)
         assert more.tolist() == pytest.approx([0.0, expected])
     assert kept_vectors(some, 2, 1, 90) == kept_vectors(alone, 2, 1, 90) + 3 * (8 + 2) * 2

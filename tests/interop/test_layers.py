@@ -117,6 +117,12 @@ def test_groups_hold_what_differs_from_the_defaults() -> None:
         ({"layers": [[]], "expansions": [None, None]}, ValueError, "a list of 1 entries"),
         ({"layers": ["dense"], "expansions": [EXPANSION]}, ValueError, "nothing is far there"),
         ({"layers": [[]], "expansions": [{**EXPANSION, "centres": "?"}]}, ValueError, "is no base64"),
+        (
+            {"layers": [[]], "expansions": [{"heads": [0]}]},
+            ValueError,
+            r"has \['heads'\]: heads, bias, number, centres",
+        ),
+        ({"layers": [[]], "background": [[1.0, None]]}, ValueError, "convert the model again"),
         ({"layers": [[{"heads": [0]}, {"heads": [0]}]]}, ValueError, "more than one place"),
     ],
 )

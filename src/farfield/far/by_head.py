@@ -99,7 +99,7 @@ class ByHead(FarPart):
         """Score computations for n tokens."""
         parts = [f"{len(heads)} heads: {pyramid.cost}" for heads, pyramid in self.groups]
         if self.expansion is not None:
-            parts.append(f"{len(self.expansion.heads)} heads: n·({self.expansion.number} centres·D)")
+            parts.append(f"{len(self.expansion.heads)} heads: n·{self.expansion.number}·D")
         return " + ".join(parts) or "0"
 
     def fuses(self, near: Part | None, merge: str) -> bool:

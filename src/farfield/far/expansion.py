@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +43,9 @@ class Expansion:
         if not heads or min(heads) < 0 or list(heads) != sorted(set(heads)):
             raise ValueError(f"Expansion(heads={self.heads!r}): rising numbers from 0 on would be accepted")
         object.__setattr__(self, "heads", heads)
-        finite = all(
-            not isinstance(x, bool) and isinstance(x, int | float) and math.isfinite(x) for x in tuple(self.bias)
-        )
-        if not finite or len(self.bias) != len(heads):
+        given = self.bias if isinstance(self.bias, list | tuple) else ()
+        finite = all(not isinstance(x, bool) and isinstance(x, int | float) and math.isfinite(x) for x in given)
+        if not finite or len(given) != len(heads):
             raise ValueError(
                 f"Expansion(bias={self.bias!r}): a finite number for each of {len(heads)} heads would be accepted"
             )
@@ -77,8 +78,8 @@ class Expansion:
 
     def tensor(self) -> Tensor:
         """The centres, float32 `[heads, number, D]`."""
-        raw = torch.frombuffer(bytearray(base64.b64decode(self.centres)), dtype=torch.float16)
-        return raw.float().view(len(self.heads), self.number, -1)
+        raw = np.frombuffer(base64.b64decode(self.centres), dtype="<f2").astype(np.float32)
+        return torch.from_numpy(raw).view(len(self.heads), self.number, -1)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Centres and biases `[heads]` on a device, kept for the next call."""
@@ -86,7 +87,10 @@ class Expansion:
         return (_kept.__wrapped__ if traced else _kept)(self, device)
 
     def __repr__(self) -> str:
-        return f"Expansion(heads={self.heads}, bias={self.bias}, number={self.number}, centres=<width {self.width}>)"
+        # A decode state knows its layer by this: of other centres it is another.
+        name = hashlib.sha256(self.centres.encode()).hexdigest()[:12]
+        about = f"centres=<{name}, {self.width} wide>"
+        return f"Expansion(heads={self.heads}, bias={self.bias}, number={self.number}, {about})"
 
 
 @lru_cache(maxsize=1024)

@@ -95,28 +95,23 @@ def _to_heads(x: Tensor, between: int, repeat: int) -> Tensor:
     return x.flatten(1, 2)
 
 
-def _joined(parts: Moments, weight: Tensor, lse: Tensor) -> Moments:
-    """Moments [B, H, U', C] under weights [B, H, C, U', U] of others [B, H, U, C], row by row a mean."""
-
-    def mixed(x: Tensor) -> Tensor:
-        flat = x.transpose(2, 3).flatten(4) if x.dim() > 5 else x.transpose(2, 3)
-        return (weight @ flat).unflatten(-1, x.shape[4:]).transpose(2, 3)
-
-    return Moments(lse.transpose(2, 3), mixed(parts.key), mixed(parts.rows))
-
-
-def _prefixes(carry: Moments, parts: Moments) -> Moments:
-    """Moments [B, H, U, C] of the carry [B, H, C] and all parts up to each of U, that one included."""
-    every = Moments(*(torch.cat([c[:, :, None], p], 2) for c, p in zip(carry, parts, strict=True)))
-    number = parts.lse.shape[2]
-    lses = every.lse.transpose(2, 3)[..., None, :].expand(-1, -1, -1, number, -1)
-    index = torch.arange(number, device=lses.device)
-    lses = lses.masked_fill(torch.arange(number + 1, device=lses.device) > index[:, None] + 1, -torch.inf)
-    peak = lses.detach().amax(-1, keepdim=True)
+def _added(carry: Moments, part: Moments) -> Moments:
+    """Moments [B, H, C] of the tokens of both."""
+    peak = torch.maximum(carry.lse, part.lse).detach()
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    weight = (lses - peak).exp()
-    lse, weight = _normalised(weight, weight.sum(-1, keepdim=True), peak)
-    return _joined(every, weight, lse)
+    both = torch.stack([(x.lse - peak).exp() for x in (carry, part)], -1)
+    lse, weight = _normalised(both, both.sum(-1, keepdim=True), peak[..., None])
+    old, new = weight[..., 0, None], weight[..., 1, None]
+    return Moments(lse, old * carry.key + new * part.key, old[..., None] * carry.rows + new[..., None] * part.rows)
+
+
+def _through(carry: Moments, parts: Moments) -> list[Moments]:
+    """The carry and the parts [B, H, U, C] up to each of U, one after the other: none hangs on a later one."""
+    found = []
+    for part in zip(*(x.unbind(2) for x in parts), strict=True):
+        carry = _added(carry, Moments(*part))
+        found.append(carry)
+    return found
 
 
 def _normalised(weight: Tensor, total: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,12 +158,14 @@ def expansion_state(
         block, key_mask, scale, sinks: as in :func:`farfield.multipole_attention`.
 
     Returns:
-        The state: the value to first order, and the score as lse; 0 and -inf where nothing is far. Float32 or wider
-        inside. O(N C D²) time; gradients compute it again instead of keeping it. No query depends on a later token.
+        The state: the value to first order, in float32 or wider, and the score as lse; 0 and -inf where nothing is far.
+        O(N C D²) time; gradients, of queries, keys and values alone, compute it again instead of keeping it. No query
+        depends on a later token. A value to first order is no mean: for a query far from all centres it can lie outside
+        the range of the values.
     """
     centres = centres.to(compute_dtype(query.dtype))
     if query.numel() == 0:
-        return AttentionState(torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=centres.dtype))
+        return AttentionState(query.to(centres.dtype), query.new_zeros(query.shape[:3], dtype=centres.dtype))
     shown = torch.arange(query.shape[2], device=query.device)[None] >= sinks
     if key_mask is not None:
         shown = shown & key_mask
@@ -179,17 +176,29 @@ class _Expansion(torch.autograd.Function):
     """Keeps queries, keys and values alone: gradients go through the sums once more."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        query, key, value, centres, bias, block, shown, scale = arguments
-        ctx.save_for_backward(query, key, value, centres, bias, shown)
-        ctx.block, ctx.scale = block, scale
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        centres: Tensor,
+        bias: Tensor,
+        block: int,
+        shown: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
         with exactly(query.device):
             if query.device.type == "cpu" and _fits(query, centres) and compiled.why_not() is None:
                 q, k, v = (x.float() for x in (query, key, value))
                 own = nearest(q, centres)
                 out, lse = expand(q, k, v, centres, bias, own, shown.expand(len(q), -1), block, scale)
-                return out.to(query.dtype), lse
-            return _state(*arguments)
+                return out, lse
+            return _state(query, key, value, centres, bias, block, shown, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, block, shown, scale = inputs
+        ctx.save_for_backward(*tensors, shown)
+        ctx.block, ctx.scale = block, scale
 
     @staticmethod
     @once_differentiable
@@ -236,10 +245,10 @@ def _state(
             parts = moments_of(
                 keys[:, of_key : of_key + 1, run], values[:, of_key : of_key + 1, run], own, shown[:, :, run], scale
             )
-            far = _prefixes(carry, parts)
-            carry = far.map(lambda x: x[:, :, -1])
+            found = _through(carry, parts)
+            carry, far = found[-1], Moments(*(torch.stack(x, 2) for x in zip(*found, strict=True)))
             of_run = _attend(laid[:, heads, run], far, own, bias[heads].to(wide), scale)
-            out.append(of_run[0].to(query.dtype))
+            out.append(of_run[0])
             score.append(of_run[1])
         outs.append(torch.cat(out, 2))
         scores.append(torch.cat(score, 2))
@@ -320,12 +329,16 @@ class ExpansionStream:
     ) -> Moments:  # fmt: skip
         """The carry, and ``number`` blocks from ``first`` on of keys [B, Hkv, N, D] with ``before`` tokens in front."""
         tokens = slice(first * self.block, (first + number) * self.block)
+        repeat, pieces = len(centres) // key.shape[1], []
         with exactly(key.device):
             index = torch.arange(tokens.start, tokens.stop, device=key.device) + before
             shown = (index >= self.sinks).view(1, 1, number, -1)
             key, value = (x[:, :, tokens].unflatten(2, (number, -1)) for x in (key, value))
-            parts = moments_of(key, value, centres.to(carry.lse.dtype), shown, scale)
-            return _prefixes(carry, parts).map(lambda x: x[:, :, -1])
+            for of_key in range(key.shape[1]):
+                one, heads = slice(of_key, of_key + 1), slice(of_key * repeat, (of_key + 1) * repeat)
+                parts = moments_of(key[:, one], value[:, one], centres[heads].to(carry.lse.dtype), shown, scale)
+                pieces.append(_through(carry.map(lambda x, heads=heads: x[:, heads]), parts)[-1])
+        return Moments(*(torch.cat(x, 1) for x in zip(*pieces, strict=True)))
 
     def attend(
         self, cache: Cache, query: Tensor, centres: Tensor, bias: Tensor, number: int, scale: float
@@ -335,7 +348,7 @@ class ExpansionStream:
         with exactly(query.device):
             if number < 1:
                 lse = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
-                return AttentionState(torch.zeros_like(query), lse)
+                return AttentionState(query.new_zeros(query.shape, dtype=wide), lse)
             far = Moments(*(cache[name][:, :, (number - 1) % self.places, None] for name in Moments._fields))
             out, score = _attend(query[:, :, None].to(wide), far, centres.to(wide), bias.to(wide), scale)
-            return AttentionState(out[:, :, 0].to(query.dtype), score[:, :, 0])
+            return AttentionState(out[:, :, 0], score[:, :, 0])

@@ -176,8 +176,8 @@ def clusters(points: Tensor, number: int, generator: torch.Generator) -> Tensor:
     means = points[start.to(points.device)][torch.arange(number) % len(points)]
     for _ in range(_ROUNDS):
         own = nearest(points[None], means[None])[0]
-        count = torch.bincount(own, minlength=number)[:, None]
-        total = torch.zeros_like(means).index_add_(0, own, points)
+        members = F.one_hot(own, number).to(points.dtype)  # a product: sums in one order on every run
+        count, total = members.sum(0)[:, None], members.mT @ points
         means = torch.where(count > 0, total / count.clamp(min=1), means)
     return means
 

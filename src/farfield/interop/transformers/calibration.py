@@ -68,7 +68,8 @@ class Calibration:
     @property
     def effort(self) -> dict[str, int]:
         """What the estimate rests on."""
-        return {name: getattr(self, name) for name in ("windows", "recall", "queries", "pieces", "seed")}
+        told = {name: getattr(self, name) for name in ("windows", "recall", "queries", "pieces", "seed")}
+        return {**told, "centres": self.centres.shape[2]}
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
@@ -156,9 +157,12 @@ def calibrate(
         progress: told of every step.
 
     Raises:
-        ValueError: when windows differ in length or are too short, or the model cannot be converted.
+        ValueError: when windows differ in length or are too short, the model cannot be converted, or its queries are
+            beyond the range of float16.
     """
     length = _common_length(windows, block)
+    if None not in biases:
+        raise ValueError(f"biases={tuple(biases)}: None, for no expansion, has to be among them")
     biases = tuple(biases) if centres else (None,)
     layers = len(cores.attention_layers(model))
     device = next(model.parameters()).device
@@ -184,6 +188,8 @@ def calibrate(
         # In the precision that a config keeps them in.
         apart = torch.Generator().manual_seed(seed)  # what else is drawn does not hang on whether there are centres
         places = centres_of(model, given, centres, apart, lambda: step("centres")).half().float()
+        if not places.isfinite().all():
+            raise ValueError("queries beyond the range of float16 have no centres; centres=0 would be accepted")
     # From the last on: of several texts each has its share where there are several windows of each.
     again = [repeating(windows[-1 - i * len(windows) // recall], generator) for i in range(recall)]
     parts = []

@@ -142,7 +142,7 @@ def convert(
     report = {
         "farfield": __version__,
         "asked": {
-            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "expand": expand,
+            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "expand": bool(biases),
             "recall_weight": recall_weight,
         },
         "length": length,

@@ -39,10 +39,10 @@ def expansion_keys(number: int, dim: int, bounds: int = 1) -> float:
     """What an expansion about one of ``number`` centres reads per query.
 
     Every token is scored by every centre once, which is ``number`` for each query, as there are as many of both; and a
-    query scores the centres to find its own, and one cell. Where vectors are counted (``bounds=2``), there is also the
-    cell's value, a matrix of D by D numbers, as many as D / 2 keys and their values have.
+    query scores the centres to find its own, and one cell. Where vectors are counted (``bounds=2``), so are the sums: a
+    matrix of D by D numbers for every centre and one more to answer from, D / 2 keys with their values each.
     """
-    return 2 * number + 1 + (dim / 2 if bounds > 1 else 0)
+    return 2 * number + 1 + ((number + 1) * dim / 2 if bounds > 1 else 0)
 
 
 def keys_of(pyramid: Pyramid, length: int, block: int, bounds: int = 1) -> float:

@@ -63,6 +63,8 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
         TypeError: for an unknown option, or layers that are no list.
         ValueError: for a layer that makes no sense.
     """
+    _refuse_background(options)
+    options = {name: value for name, value in options.items() if name != "background"}
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown or not isinstance(options.get("layers"), list | tuple):
         raise TypeError(
@@ -85,6 +87,7 @@ def setting_of_layer(options: dict[str, Any], layer: int) -> dict[str, Any]:
     Raises:
         ValueError: for a layer that the settings do not have.
     """
+    _refuse_background(options)
     entries = options["layers"]
     if layer >= len(entries):
         raise ValueError(f"the model has a layer {layer}, and settings for {len(entries)} layers only")
@@ -99,10 +102,26 @@ def setting_of_layer(options: dict[str, Any], layer: int) -> dict[str, Any]:
     }
 
 
+def _refuse_background(options: dict[str, Any]) -> None:
+    """Of what earlier versions wrote, a cell of means beside the settings is no longer there."""
+    if any(row is not None for row in options.get("background") or ()):
+        raise ValueError(
+            "the settings have background=, which earlier versions wrote and this one replaced by expansions: convert "
+            "the model again, from its calibration.safetensors or text"
+        )
+
+
 def _frozen(group: Any) -> dict[str, Any]:
     if not isinstance(group, dict):
         raise TypeError(f"a group or an expansion is {group!r}: a dict with 'heads' and settings is needed")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
+
+
+def _expansion_of(given: dict[str, Any]) -> Expansion:
+    names = tuple(f.name for f in fields(Expansion))
+    if set(given) != set(names):
+        raise ValueError(f"an expansion has {sorted(given)}: {', '.join(names)} are needed")
+    return Expansion(**given)
 
 
 def layer_parts(
@@ -126,5 +145,5 @@ def layer_parts(
             raise ValueError("a dense layer with an expansion: nothing is far there; null is needed")
         return Parts(near=Dense(), far=None, merge="softmax")
     made = [pyramid_of(dict(items), sinks) for items in groups]
-    far = ByHead(tuple(made), sinks=sinks, expansion=None if expansion is None else Expansion(**dict(expansion)))
+    far = ByHead(tuple(made), sinks=sinks, expansion=None if expansion is None else _expansion_of(dict(expansion)))
     return Parts(near=Blocks(block), far=far, merge="softmax")

@@ -1616,7 +1616,7 @@ struct Expansion {
 
 struct Expander {
   const Expansion& c;
-  std::vector<float> rows, keys, values, about, score, weighed, apart, made;
+  std::vector<float> rows, keys, values, about, score, weighed, apart, made, fresh;
   std::vector<const float*> row, read;
   std::vector<float*> written;
   std::vector<int64_t> asked;
@@ -1624,7 +1624,8 @@ struct Expander {
 
   explicit Expander(const Expansion& call)
       : c(call), rows(call.dim * call.dim), keys(call.dim), values(call.dim), about(call.dim),
-        weighed(call.block * call.dim), apart(call.block * call.dim), made(call.block * call.dim) {}
+        weighed(call.block * call.dim), apart(call.block * call.dim), made(call.block * call.dim),
+        fresh((call.dim + 2) * call.dim) {}
 
   // Adds the tokens [from, from + block).
   void absorb(int64_t b, int64_t h, int64_t from) {
@@ -1643,20 +1644,28 @@ struct Expander {
       for (int64_t d = 0; d < c.dim; d++) keys[d] *= factor, values[d] *= factor;
       mass *= factor, peak = most;
     }
+    // A block's sums by themselves, then added once: sums over all tokens one by one would lose digits with the length.
+    std::fill(fresh.begin(), fresh.end(), 0.0f);
+    float* const of_keys = fresh.data() + c.dim * c.dim;
+    float* const of_values = of_keys + c.dim;
+    float whole = 0.0f;
     for (int64_t j = 0; j < n; j++) {
       const float w = std::exp(score[j] - peak);
       float* const to = weighed.data() + j * c.dim;
-      mass += w;
+      whole += w;
       for (int64_t d = 0; d < c.dim; d++) {
         to[d] = w * row[j][d];
-        keys[d] += to[d];
-        values[d] += w * read[j][d];
+        of_keys[d] += to[d];
+        of_values[d] += w * read[j][d];
       }
     }
     for (int64_t d = 0; d < c.dim; d += TALL)
       for (int64_t i = 0; i < c.dim; i += PANEL)
         column_tiles(std::min<int64_t>(TALL, c.dim - d), weighed.data() + d, c.dim, read.data(), n, n, n,
-                     rows.data() + d * c.dim, c.dim, i);
+                     fresh.data() + d * c.dim, c.dim, i);
+    mass += whole;
+    for (int64_t d = 0; d < c.dim; d++) keys[d] += of_keys[d], values[d] += of_values[d];
+    for (size_t i = 0; i < rows.size(); i++) rows[i] += fresh[i];
   }
 
   void answer(int64_t b, int64_t h, int64_t centre, int64_t from, int64_t to) {
