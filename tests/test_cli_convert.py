@@ -42,8 +42,8 @@ def text(tmp_path: Path) -> Path:
 def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     out = tmp_path / "out"
     made = invoke(
-        "convert", folder, "--text", text, "--keys", 0.85, "--length", 500, "--queries", 8, "--out", out,
-        "--device", "cpu",
+        "convert", folder, "--text", text, "--keys", 0.85, "--length", 500, "--queries", 8, "--centres", 2,
+        "--out", out, "--device", "cpu",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     assert "settings: 4 of 4" in made.output
@@ -54,7 +54,7 @@ def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke
     assert again("far, near").input_ids == tokenizer()("far, near").input_ids
 
     more = invoke(
-        "convert", folder, "--calibration", out / "calibration.safetensors", "--keys", 0.95, "--no-expand", "--out",
+        "convert", folder, "--calibration", out / "calibration.safetensors", "--keys", 0.95, "--out",
         tmp_path / "more", "--device", "cpu",
     )  # fmt: skip
     assert more.exit_code == 0, more.output

@@ -373,14 +373,16 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
     first.calibration.save(tmp_path / "c.safetensors")
     kept = Calibration.load(tmp_path / "c.safetensors")
     assert kept.menu == first.calibration.menu
-    for changes in ({"keys": 0.5}, {"keys": 0.8}, {"keys": 0.7, "max_share": 1}, {"keys": 0.6, "expand": False}):
+    for changes in ({"keys": 0.5}, {"keys": 0.8}, {"keys": 0.7, "max_share": 1}, {"keys": 0.6, "centres": 0}):
         _, fresh = small(**changes)
-        again = convert(make("Llama"), calibration=kept, **changes)
+        again = convert(make("Llama"), calibration=kept, **{"centres": 3, **changes})
         assert again.options == fresh.options
         assert again.report["keys"] == pytest.approx(fresh.report["keys"])
         assert again.report["estimated_divergence"] == pytest.approx(fresh.report["estimated_divergence"], rel=1e-5)
     with pytest.raises(ValueError, match=r"the calibration is of \[2, 4\] layers and heads, the model has \[3, 4\]"):
         convert(make("Llama", num_hidden_layers=3), calibration=kept, keys=0.5)
+    with pytest.raises(ValueError, match=r"centres=8: the calibration has 3 centres"):
+        convert(make("Llama"), calibration=kept, keys=0.5, centres=8)
     with pytest.raises(FileNotFoundError, match="there is no calibration"):
         Calibration.load(tmp_path / "d.safetensors")
     (tmp_path / "d.safetensors").write_bytes(b"something else")
@@ -392,7 +394,7 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
 
 
 def test_an_expansion_helps_and_can_be_left_out() -> None:
-    (model, some), (plain, none) = small(keys=0.5, seed=5), small(keys=0.5, seed=5, expand=False)
+    (model, some), (plain, none) = small(keys=0.5, seed=5), small(keys=0.5, seed=5, centres=0)
     assert any(x is not None for x in some.options["expansions"])
     assert "expansions" not in none.options
     assert none.calibration.centres.shape[2] == 0

@@ -50,10 +50,12 @@ def convert_command(
     share: Annotated[
         int | None, typer.Option(min=1, help="Most queries that share a choice; 1 allows decoding with a cache.")
     ] = None,
-    centres: Annotated[int, typer.Option(min=1, help="Centres of a head that everything far is expanded about.")] = 8,
-    expand: Annotated[
-        bool, typer.Option("--expand/--no-expand", help="Everything far in one more cell, for heads where it pays.")
-    ] = True,
+    centres: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Offer every setting also with everything far in one more cell, about so many centres; 0: none."
+        ),
+    ] = 0,
     recall_weight: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="How much ends that repeat count, beside plain text.")
     ] = 0.5,
@@ -93,7 +95,7 @@ def convert_command(
     with Stages(console) as told:
         conversion = convert(
             pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact, max_share=share,
-            expand=expand, recall_weight=recall_weight, centres=centres, recall=recall, queries=queries, seed=seed,
+            recall_weight=recall_weight, centres=centres, recall=recall, queries=queries, seed=seed,
             progress=lambda stage, done, total: told(stage, done / total, f"{done} of {total}"),
         )  # fmt: skip
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])

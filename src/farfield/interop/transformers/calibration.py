@@ -18,7 +18,7 @@ from farfield.interop.transformers.layers import group_of, pyramid_of
 from farfield.interop.transformers.menu import BLOCK, SINKS
 from farfield.interop.transformers.texts import repeating
 
-__all__ = ["BIASES", "CENTRES", "RECALL", "Calibration", "Progress", "calibrate"]
+__all__ = ["BIASES", "RECALL", "Calibration", "Progress", "calibrate"]
 
 PIECE = 1024
 """Tokens of a piece on which gradients are taken."""
@@ -28,9 +28,6 @@ RECALL = 2
 
 BIASES: tuple[float | None, ...] = (None, *(i / 2 for i in range(-6, 5)))
 """Biases of an expansion that are tried for every head; None: no expansion."""
-
-CENTRES = 8
-"""Centres of a head that everything far is expanded about."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage in words, the steps done and all of them."""
@@ -130,7 +127,7 @@ def calibrate(
     biases: Sequence[float | None] = BIASES,
     block: int = BLOCK,
     sinks: int = SINKS,
-    centres: int = CENTRES,
+    centres: int = 0,
     recall: int = RECALL,
     queries: int = 64,
     pieces: int = 4,

@@ -15,7 +15,7 @@ from farfield import __version__
 from farfield.far import Expansion, Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.budget import allocate
-from farfield.interop.transformers.calibration import BIASES, CENTRES, RECALL, Calibration, Progress, calibrate
+from farfield.interop.transformers.calibration import BIASES, RECALL, Calibration, Progress, calibrate
 from farfield.interop.transformers.keys import context, expansion_keys, keys_of, near_keys
 from farfield.interop.transformers.layers import CONVERTED, group_of
 from farfield.interop.transformers.loading import configure
@@ -54,9 +54,8 @@ def convert(
     menu: Sequence[Pyramid | None] | None = None,
     block: int = BLOCK,
     sinks: int = SINKS,
-    expand: bool = True,
+    centres: int = 0,
     recall_weight: float = 0.5,
-    centres: int = CENTRES,
     recall: int = RECALL,
     queries: int = 64,
     pieces: int = 4,
@@ -67,7 +66,7 @@ def convert(
 
     Args:
         model: a Transformers causal language model whose layers see their whole causal context; changed in place.
-        windows, block, sinks, centres, recall, queries, pieces, seed, progress: of the calibration, see
+        windows, block, sinks, recall, queries, pieces, seed, progress: of the calibration, see
             :func:`farfield.interop.transformers.calibration.calibrate`.
         menu: settings to choose from, None for :func:`farfield.interop.transformers.menu.menu_for` this length.
         calibration: one that was made before, of this model; instead of all of these.
@@ -76,7 +75,8 @@ def convert(
         dense_layers: layers that stay exact; they count as a whole context each.
         max_share: leave out settings whose choice more queries share; with 1 those that hang on earlier queries at all,
             so that the model can be decoded with a cache.
-        expand: offer every setting also with everything far in one more cell (:class:`farfield.far.Expansion`).
+        centres: offer every setting also with everything far in one more cell, expanded about so many centres of each
+            head's queries (:class:`farfield.far.Expansion`); 0 for no expansions. With a calibration, its number, or 0.
         recall_weight: how much errors in ends that repeat what stood far before count, beside plain text, of 1.
 
     Returns:
@@ -98,7 +98,7 @@ def convert(
         with_sinks = [p if p is None else replace(p, sinks=sinks) for p in chosen]
         offered = [p for p in with_sinks if _allowed(p, max_share)]
         calibration = calibrate(
-            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, centres=centres if expand else 0,
+            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, centres=centres,
             recall=recall, queries=queries, pieces=pieces, seed=seed, progress=progress,
         )  # fmt: skip
     if calibration.errors.shape[3:] != shape:
@@ -106,12 +106,17 @@ def convert(
             f"the calibration is of {list(calibration.errors.shape[3:])} layers and heads, the model has {list(shape)}"
         )
     made = calibration
+    if centres not in (0, made.centres.shape[2]):
+        raise ValueError(
+            f"centres={centres}: the calibration has {made.centres.shape[2]} centres for each head; that number, or 0, "
+            "would be accepted"
+        )
     length, block, sinks = made.length, made.block, made.sinks
     few = [i for i, p in enumerate(made.menu) if _allowed(p, max_share)]
     kept = [made.menu[i] for i in few]
     by_bias = made.weighed(recall_weight)[few]
     plain = made.biases.index(None)
-    biases = [i for i, bias in enumerate(made.biases) if bias is not None and expand]
+    biases = [i for i, bias in enumerate(made.biases) if bias is not None and centres]
     near = near_keys(length, block, sinks)
     read, vectors = (
         torch.tensor([near + (keys_of(p, length, block, bounds) if p else 0.0) for p in kept]) for bounds in (1, 2)
@@ -142,7 +147,7 @@ def convert(
     report = {
         "farfield": __version__,
         "asked": {
-            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "expand": bool(biases),
+            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "centres": centres,
             "recall_weight": recall_weight,
         },
         "length": length,
