@@ -391,6 +391,10 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
     save_file({"errors": torch.zeros(1)}, tmp_path / "e.safetensors")
     with pytest.raises(ValueError, match="is no calibration"):
         Calibration.load(tmp_path / "e.safetensors")
+    about = {"farfield.calibration": "{}"}
+    save_file({"errors": torch.zeros(1)}, tmp_path / "f.safetensors", metadata=about)
+    with pytest.raises(ValueError, match="made by an earlier version; convert again from text"):
+        Calibration.load(tmp_path / "f.safetensors")
 
 
 def test_an_expansion_helps_and_can_be_left_out() -> None:

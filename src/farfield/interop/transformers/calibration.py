@@ -98,6 +98,8 @@ class Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})[_KIND])
+                if "centres" not in file.keys():  # noqa: SIM118 (it is no dict)
+                    raise ValueError("made by an earlier version; convert again from text")
                 errors, centres = file.get_tensor("errors"), file.get_tensor("centres")
             menu = tuple(None if entry is None else pyramid_of(entry, about["sinks"])[1] for entry in about.pop("menu"))
             made = Calibration(errors=errors, centres=centres, menu=menu, **{**about, "biases": tuple(about["biases"])})
