@@ -107,7 +107,7 @@ def _refuse_background(options: dict[str, Any]) -> None:
     if any(row is not None for row in options.get("background") or ()):
         raise ValueError(
             "the settings have background=, which earlier versions wrote and this one replaced by expansions: convert "
-            "the model again, from its calibration.safetensors or text"
+            "the model again, from text"
         )
 
 
