@@ -410,6 +410,27 @@ def test_an_expansion_helps_and_can_be_left_out() -> None:
     assert model(tokens(1, 30)).logits.isfinite().all()
 
 
+def test_an_expansion_has_the_centres_and_the_bias_of_its_head() -> None:
+    """Centres as calibrated, and the bias with the least error beside the setting that the head was given."""
+    kept = small(keys=0.5)[1].calibration
+    drawn = torch.rand(kept.errors.shape, generator=torch.Generator().manual_seed(2))
+    drawn[:, :, 0, :, 0] = 0.0  # the first head of every layer does better without
+    kept = replace(kept, errors=drawn)
+    _, made = small(calibration=kept, keys=0.9)
+    errors, settings = kept.weighed(0.5), set()
+    for layer, entry in enumerate(made.options["expansions"]):
+        if entry is None:
+            continue
+        centres = Expansion(**{k: tuple(x) if isinstance(x, list) else x for k, x in entry.items()}).tensor()
+        assert torch.equal(centres, kept.centres[layer, entry["heads"]])
+        for head, bias in zip(entry["heads"], entry["bias"], strict=True):
+            setting = made.report["layers"][layer]["settings"][head] - len(kept.menu)
+            settings.add(setting)
+            assert bias == kept.biases[1 + int(errors[setting, 1:, layer, head].argmin())]
+    assert settings - {0}
+    assert not any(entry and 0 in entry["heads"] for entry in made.options["expansions"])
+
+
 def test_a_bound_is_kept_and_dense_layers_stay_exact() -> None:
     model, made = small(error=1e-9, dense_layers=(1,))
     assert made.options["layers"][1] == "dense"
