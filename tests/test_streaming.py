@@ -64,7 +64,10 @@ LAYERS: dict[str, dict[str, Any]] = {
                 ),
                 ((1,), far.Pyramid(2, bias=-1.0, sinks=3)),
             ),
-            expansion=far.Expansion.of((0, 1, 3), (0.5, 1.0, -1.0), torch.ones(3, 2, 4).cumsum(1)),
+            expansions=(
+                far.Expansion.of((0, 1, 3), (0.5, 1.0, -1.0), torch.ones(3, 2, 4).cumsum(1)),
+                far.Expansion.of((2,), (0.5,), torch.ones(1, 3, 4).cumsum(1), 7),
+            ),
         ),
     },
     "blocks": {"near": near.Blocks(5)},

@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_heads_alone() -> None:
 
 
 def test_no_head_sees_the_future() -> None:
-    given, far = inputs(), ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), expansion=EXPANSION)
+    given, far = inputs(), ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), expansions=(EXPANSION,))
     before = attend(far, given)
     given.k[:, :, 50:] += 5.0
     given.v[:, :, 50:] -= 3.0
@@ -101,13 +101,18 @@ def test_no_head_sees_the_future() -> None:
 EXPANSION = Expansion.of(
     (0, 2, 3, 5), (0.5, -1.0, 0.0, 1.5), torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(3))
 )
+KEEPING = (
+    Expansion.of((5, 2)[::-1], (-1.0, 1.5), 2 * torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(4)), 9),
+    Expansion.of((3,), (0.0,), torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(5)), 2),
+)
+"""Centres of two kinds that keep tokens."""
 
 
 def test_an_expansion_is_one_more_cell_for_its_heads() -> None:
     """Beside near field and groups, in one softmax; the other heads are as without it; packed sequences are apart."""
-    far = ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), expansion=EXPANSION)
+    far = ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), expansions=(EXPANSION,))
     given = inputs()
-    got, without = attend(far, given), attend(replace(far, expansion=None), given)
+    got, without = attend(far, given), attend(replace(far, expansions=()), given)
     torch.testing.assert_close(got[:, [1, 4]], without[:, [1, 4]])
     torch.testing.assert_close(got[:, :, :16], without[:, :, :16])
     assert all(not torch.allclose(got[:, h, 20:], without[:, h, 20:]) for h in EXPANSION.heads)
@@ -119,10 +124,11 @@ def test_an_expansion_is_one_more_cell_for_its_heads() -> None:
 
 
 @pytest.mark.parametrize("heads", [(0,), (0, 1, 3), (1, 2, 3), (0, 2, 3, 5), (2, 4, 5)], ids=str)
-def test_a_head_of_a_selection_reads_its_own_keys(heads: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("keep", [0, 7])
+def test_a_head_of_a_selection_reads_its_own_keys(heads: tuple[int, ...], keep: int) -> None:
     """Each as if it were the only one that has an expansion, its key head the only one there is."""
     given, centres = inputs(), torch.randn(6, 3, 4)
-    far = ByHead(sinks=3, expansion=Expansion.of(heads, (0.5,) * len(heads), centres[list(heads)]))
+    far = ByHead(sinks=3, expansions=(Expansion.of(heads, (0.5,) * len(heads), centres[list(heads)], keep),))
     got = attend(far, given)
     for h in heads:
         q, (k, v) = given.q[:, h : h + 1], (x[:, h // 3 : h // 3 + 1] for x in (given.k, given.v))
@@ -131,7 +137,9 @@ def test_a_head_of_a_selection_reads_its_own_keys(heads: tuple[int, ...]) -> Non
         centre = Expansion.of((0,), (0.5,), centres[h : h + 1]).tensor().double()
         states = [
             near.far(alone),
-            expansion_state(q, k, v, centre, torch.tensor([0.5]), block=8, key_mask=None, scale=0.9, sinks=3),
+            expansion_state(
+                q, k, v, centre, torch.tensor([0.5]), block=8, key_mask=None, scale=0.9, sinks=3, open=keep
+            ),
         ]  # type: ignore[misc]
         torch.testing.assert_close(got[:, h], merge_states(*states).out[:, 0])
 
@@ -139,7 +147,7 @@ def test_a_head_of_a_selection_reads_its_own_keys(heads: tuple[int, ...]) -> Non
 def test_states_of_other_centres_are_other_states() -> None:
     """A decode state holds sums about the centres, so a layer of others refuses it."""
     layers = [
-        ff.Attention(24, 6, num_kv_heads=2, near=Blocks(8), far=ByHead(expansion=x), causal=True).eval()
+        ff.Attention(24, 6, num_kv_heads=2, near=Blocks(8), far=ByHead(expansions=(x,)), causal=True).eval()
         for x in (EXPANSION, Expansion.of(EXPANSION.heads, EXPANSION.bias, EXPANSION.tensor() + 1))
     ]
     state = layers[0].stream()
@@ -152,17 +160,25 @@ def test_an_expansion_is_exact_where_far_keys_are_one() -> None:
     """Far keys that are all alike have no spread to expand: the joint softmax is that of exact attention."""
     given = inputs()
     given.k[:] = given.k[:, :, :1]
-    far = ByHead(sinks=3, expansion=Expansion.of(tuple(range(6)), (0.0,) * 6, torch.randn(6, 2, 4)))
+    far = ByHead(sinks=3, expansions=(Expansion.of(tuple(range(6)), (0.0,) * 6, torch.randn(6, 2, 4)),))
+    torch.testing.assert_close(attend(far, given), ReadyAttention(SPEC, near=ff.near.Dense()).attend(given))
+
+
+def test_an_expansion_is_exact_where_everything_is_kept() -> None:
+    given = inputs()
+    far = ByHead(sinks=3, expansions=(Expansion.of(tuple(range(6)), (3.0,) * 6, torch.randn(6, 2, 4), 90),))
     torch.testing.assert_close(attend(far, given), ReadyAttention(SPEC, near=ff.near.Dense()).attend(given))
 
 
 @pytest.mark.parametrize("groups", [(), (((4, 0), OPENED), ((3, 1), PLAIN))], ids=["near", "opened"])
 @pytest.mark.parametrize("sinks", [0, 3, 11])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 33])
-def test_an_expansion_streams(groups: Any, sinks: int, chunk: int) -> None:
+@pytest.mark.parametrize("expansions", [(EXPANSION,), KEEPING], ids=["cell", "kept"])
+def test_an_expansion_streams(groups: Any, sinks: int, chunk: int, expansions: tuple[Expansion, ...]) -> None:
     """In chunks from the first token on, with tokens taken back across the border of a block."""
-    groups = tuple((heads, replace(p, sinks=sinks)) for heads, p in groups)
-    far = ByHead(groups, sinks=sinks, expansion=EXPANSION)
+    apart = {head for x in expansions for head in x.heads if x.open}
+    groups = tuple((tuple(h for h in heads if h not in apart), replace(p, sinks=sinks)) for heads, p in groups)
+    far = ByHead(groups, sinks=sinks, expansions=expansions)
     layer = ff.Attention(24, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).double().eval()
     x = torch.randn(2, 75, 24, dtype=torch.float64)
     with torch.no_grad():
@@ -224,21 +240,25 @@ def test_parts_compare_and_print() -> None:
         (lambda: ByHead((((6,), PLAIN),)).check(SPEC, Blocks(8)), r"heads \[6\] in a layer of 6"),
         (lambda: ByHead((((0,), PLAIN),)).check(SPEC, ff.near.Dense()), r"use near=Blocks"),
         (lambda: ByHead((((0,), Pyramid(3)),)).check(SPEC, Blocks(8)), "rank=3"),
-        (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, causal=False), Blocks(8)), "causal=False, dims=1"),
-        (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, head_dim=8), Blocks(8)), "4 wide>.* of width 8"),
-        (lambda: ByHead(expansion=EXPANSION).check(replace(SPEC, num_heads=4), Blocks(8)), "a layer of 4 heads"),
+        (lambda: ByHead(expansions=(EXPANSION,)).check(replace(SPEC, causal=False), Blocks(8)), "causal=False, dims=1"),
+        (lambda: ByHead(expansions=(EXPANSION,)).check(replace(SPEC, head_dim=8), Blocks(8)), "4 wide>.* of width 8"),
+        (lambda: ByHead(expansions=(EXPANSION,)).check(replace(SPEC, num_heads=4), Blocks(8)), "a layer of 4 heads"),
         (lambda: Expansion.of((1, 0), (0.0, 0.0), torch.zeros(2, 1, 4)), r"heads=\(1, 0\)\): rising"),
         (lambda: Expansion((0,), 0.5, 1, "AAAA"), r"bias=0.5\): a finite number for each of 1 heads"),  # type: ignore[arg-type]
         (lambda: Expansion.of((0,), (math.inf,), torch.zeros(1, 1, 4)), "a finite number for each of 1 heads"),
         (lambda: Expansion.of((0,), (0.0,), torch.full((1, 1, 4), math.nan)), "no finite float16"),
         (lambda: Expansion((0,), (0.0,), 0, "AAAA"), "number=0"),
+        (lambda: Expansion((0,), (0.0,), 1, "AAAA", -1), r"open=-1\): a number of tokens"),
+        (lambda: ByHead(expansions=EXPANSION), "a tuple of far.Expansion"),  # type: ignore[arg-type]
+        (lambda: ByHead(expansions=(EXPANSION, EXPANSION)), r"heads \[0, 2, 3, 5\] are in more than one place"),
+        (lambda: ByHead((((3,), PLAIN),), expansions=KEEPING), r"heads \[3\] are in more than one place"),
         (lambda: Expansion((0,), (0.0,), 1, "no base64!"), "is no base64"),
         (lambda: Expansion((0, 1), (0.0, 0.0), 1, "AAAA"), "has 3 bytes.*a multiple of 4"),
         (lambda: ByHead().build(SPEC, Blocks(8)), "merge='softmax'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
     with pytest.raises(TypeError, match="pairs"):
         ByHead((((0,), Blocks(8)),))  # type: ignore[arg-type]

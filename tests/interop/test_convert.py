@@ -29,7 +29,7 @@ from farfield.interop.transformers.calibrate import (  # noqa: E402
     sampled,
     watched,
 )
-from farfield.interop.transformers.calibration import Calibration  # noqa: E402
+from farfield.interop.transformers.calibration import Calibration, entry_of  # noqa: E402
 from farfield.interop.transformers.convert import convert, save  # noqa: E402
 from farfield.interop.transformers.evaluate import Result, cost_of, loss, measure  # noqa: E402
 from farfield.interop.transformers.keys import (  # noqa: E402
@@ -40,7 +40,15 @@ from farfield.interop.transformers.keys import (  # noqa: E402
     keys_of,
     near_keys,
 )
-from farfield.interop.transformers.menu import BLOCK, MENU, SINKS, menu_for, setting  # noqa: E402
+from farfield.interop.transformers.menu import (  # noqa: E402
+    BLOCK,
+    MENU,
+    SINKS,
+    Keeps,
+    keys_of_setting,
+    menu_for,
+    setting,
+)
 from farfield.interop.transformers.texts import repeating  # noqa: E402
 from farfield.near import Blocks, Dense  # noqa: E402
 from farfield.ops.expansion import expansion_state  # noqa: E402
@@ -153,13 +161,25 @@ def test_plain_pyramids_and_layers_are_counted() -> None:
 def test_an_expansion_is_counted() -> None:
     """Tokens scored by 3 centres, centres by the query, a cell; as vectors also 3 + 1 matrices of 8 by 8."""
     expansion = Expansion.of((1,), (0.5,), torch.zeros(1, 3, 8))
-    alone, some = (Parts(Blocks(8), ByHead(sinks=3, expansion=x)) for x in (None, expansion))
+    alone, some = (Parts(Blocks(8), ByHead(sinks=3, expansions=x)) for x in ((), (expansion,)))
     assert expansion_keys(3, 8) == 3 + 3 + 1
     assert expansion_keys(3, 8, bounds=2) == 3 + 3 + 1 + 4 * 4
     for bounds, expected in ((1, 7.0), (2, 23.0)):
         more = keys_by_head(some, 2, 90, bounds) - keys_by_head(alone, 2, 90, bounds)
         assert more.tolist() == pytest.approx([0.0, expected])
     assert kept_vectors(some, 2, 1, 90) == kept_vectors(alone, 2, 1, 90) + 3 * (8 + 2) * 2
+
+
+def test_what_centres_keep_is_counted() -> None:
+    """Every query its centre's tokens, or all that are far; for a decode all tokens are there, and lists of numbers."""
+    keeping = Expansion.of((1,), (0.5,), torch.zeros(1, 3, 8), 16)
+    alone, some = (Parts(Blocks(8), ByHead(sinks=3, expansions=x)) for x in ((), (keeping,)))
+    far = [min(16, max(0, (i // 8 - 1) * 8 - 3)) for i in range(90)]
+    more = keys_by_head(some, 2, 90) - keys_by_head(alone, 2, 90)
+    assert more.tolist() == pytest.approx([0.0, 7 + sum(far) / 90])
+    setting = keys_of_setting(Keeps(3, 16), 90, 8, 3)
+    assert keys_by_head(some, 2, 90)[1] == pytest.approx(setting)
+    assert kept_vectors(some, 2, 1, 900) == 2 * 900 + 3 * (8 + 2 + 6) * 2
 
 
 def test_state_is_kept_where_cells_are_opened() -> None:
@@ -198,8 +218,8 @@ def test_errors_are_those_of_the_converted_output() -> None:
     positions = torch.arange(length)
     half = torch.randn(4, 8, 8)
     weight = half @ half.mT
-    menu = (None, *SMALL, EXACT)
-    biases, centres = (None, 0.7, -2.0), torch.randn(4, 3, 8)
+    menu = (None, *SMALL, EXACT, Keeps(3, 5), Keeps(2, 17), Keeps(2, 100))
+    biases, centres = (None, 0.7, -2.0), {3: torch.randn(4, 3, 8), 2: torch.randn(4, 2, 8)}
     errors = menu_errors(
         q, k, v, menu, weight, positions=positions, block=8, sinks=3, scale=0.7, biases=biases, centres=centres
     )
@@ -208,23 +228,29 @@ def test_errors_are_those_of_the_converted_output() -> None:
     )
     for row, p in zip(errors, menu, strict=True):
         names = ("rank", "beam", "page", "share", "beam_share", "recent")
-        options = {} if p is None else {name: getattr(p, name) for name in names}
+        opens = isinstance(p, Pyramid)
+        options = {name: getattr(p, name) for name in names} if opens else {}
+        of = p if isinstance(p, Keeps) else Keeps(2, 0)
         state = AttentionState(*opened_attention(
-            q[None], k[None], v[None], block=8, levels=1, open=0 if p is None else p.open, rest="drop",
+            q[None], k[None], v[None], block=8, levels=1, open=p.open if opens else 0, rest="drop",
             choose="bounds", causal=True, scale=0.7, sinks=3, return_lse=True, **options,
         ))  # fmt: skip
         for error, bias in zip(row, biases, strict=True):
             joint = state
+            if bias is None and isinstance(p, Keeps):
+                assert (error == torch.inf).all()
+                continue
             if bias is not None:
                 far = expansion_state(
-                    q[None], k[None], v[None], centres, torch.full((4,), bias), block=8, key_mask=None, scale=0.7,
-                    sinks=3,
+                    q[None], k[None], v[None], centres[of.number], torch.full((4,), bias), block=8, key_mask=None,
+                    scale=0.7, sinks=3, open=of.open,
                 )  # fmt: skip
                 joint = merge_states(state, far)
             d = joint.out[0] - exact[0]
             expected = 0.5 * torch.einsum("hnd,hde,hne->h", d, weight, d) / length
             torch.testing.assert_close(error, expected, rtol=1e-3, atol=1e-5)
     assert (errors[0] > 1e-3).all()
+    assert errors[-1, 1:].max() < 1e-6
     with pytest.raises(ValueError, match="without centres"):
         menu_errors(q, k, v, menu, weight, positions=positions, block=8, sinks=3, scale=0.7, biases=biases)
 
@@ -240,7 +266,7 @@ def test_centres_are_means_of_clusters_of_queries() -> None:
     assert clusters(points[:2], 5, torch.Generator()).isfinite().all()
     model, ids = make("Llama"), [tokens(60), tokens(60)]
     queries: dict[int, list[Tensor]] = {}
-    got = centres_of(model, ids, 1, torch.Generator().manual_seed(0))
+    got = centres_of(model, ids, [1], torch.Generator().manual_seed(0))[1]
     with watched(model, lambda layer, q, k, v, out, scale: queries.setdefault(layer, []).append(q[0])):
         for window in ids:
             model(window[None])
@@ -279,16 +305,18 @@ def test_models_that_do_not_see_everything_are_refused() -> None:
 
 def small(**arguments: Any) -> tuple[Any, Any]:
     model = make("Llama")
-    menu = (None, *SMALL, EXACT)
+    menu = (None, *SMALL, EXACT, Keeps(5, 12))
     given: dict[str, Any] = {
         "menu": menu,
         "block": 8,
         "sinks": 3,
         "queries": 16,
         "pieces": 2,
-        "centres": 3,
+        "centres": (3, 5),
         **arguments,
     }
+    numbers = given["centres"]
+    given["menu"] = tuple(p for p in given["menu"] if not isinstance(p, Keeps) or p.number in numbers)
     windows = [torch.randint(3, 50, (160,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     return model, convert(model, windows, **given)
 
@@ -373,16 +401,16 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
     first.calibration.save(tmp_path / "c.safetensors")
     kept = Calibration.load(tmp_path / "c.safetensors")
     assert kept.menu == first.calibration.menu
-    for changes in ({"keys": 0.5}, {"keys": 0.8}, {"keys": 0.7, "max_share": 1}, {"keys": 0.6, "centres": 0}):
+    for changes in ({"keys": 0.5}, {"keys": 0.8}, {"keys": 0.7, "max_share": 1}, {"keys": 0.6, "centres": ()}):
         _, fresh = small(**changes)
-        again = convert(make("Llama"), calibration=kept, **{"centres": 3, **changes})
+        again = convert(make("Llama"), calibration=kept, **{"centres": (3, 5), **changes})
         assert again.options == fresh.options
         assert again.report["keys"] == pytest.approx(fresh.report["keys"])
         assert again.report["estimated_divergence"] == pytest.approx(fresh.report["estimated_divergence"], rel=1e-5)
     with pytest.raises(ValueError, match=r"the calibration is of \[2, 4\] layers and heads, the model has \[3, 4\]"):
         convert(make("Llama", num_hidden_layers=3), calibration=kept, keys=0.5)
-    with pytest.raises(ValueError, match=r"centres=8: the calibration has 3 centres"):
-        convert(make("Llama"), calibration=kept, keys=0.5, centres=8)
+    with pytest.raises(ValueError, match=r"centres=\(3, 8\): the calibration has 3, 5 centres"):
+        convert(make("Llama"), calibration=kept, keys=0.5, centres=(3, 8))
     with pytest.raises(FileNotFoundError, match="there is no calibration"):
         Calibration.load(tmp_path / "d.safetensors")
     (tmp_path / "d.safetensors").write_bytes(b"something else")
@@ -398,15 +426,15 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
 
 
 def test_an_expansion_helps_and_can_be_left_out() -> None:
-    (model, some), (plain, none) = small(keys=0.5, seed=5), small(keys=0.5, seed=5, centres=0)
-    assert any(x is not None for x in some.options["expansions"])
+    (model, some), (plain, none) = small(keys=0.5, seed=5), small(keys=0.5, seed=5, centres=())
+    assert any(some.options["expansions"])
     assert "expansions" not in none.options
-    assert none.calibration.centres.shape[2] == 0
+    assert none.calibration.centres == {}
     assert some.report["estimated_divergence"] < none.report["estimated_divergence"]
     with torch.no_grad():
         assert not torch.allclose(model(tokens(1, 160)).logits, plain(tokens(1, 160)).logits, atol=1e-4)
     model, made = small(keys=0.7, dense_layers=(1,))
-    assert made.options["expansions"][1] is None
+    assert made.options["expansions"][1] == []
     assert model(tokens(1, 30)).logits.isfinite().all()
 
 
@@ -415,20 +443,32 @@ def test_an_expansion_has_the_centres_and_the_bias_of_its_head() -> None:
     kept = small(keys=0.5)[1].calibration
     drawn = torch.rand(kept.errors.shape, generator=torch.Generator().manual_seed(2))
     drawn[:, :, 0, :, 0] = 0.0  # the first head of every layer does better without
+    alone = [isinstance(p, Keeps) for p in kept.menu]
+    drawn[:, alone, 0] = torch.inf
+    drawn[:, alone, 1:, :, 1] = 0.0  # and the second with nothing but an expansion
     kept = replace(kept, errors=drawn)
     _, made = small(calibration=kept, keys=0.9)
-    errors, settings = kept.weighed(0.5), set()
-    for layer, entry in enumerate(made.options["expansions"]):
-        if entry is None:
-            continue
-        centres = Expansion(**{k: tuple(x) if isinstance(x, list) else x for k, x in entry.items()}).tensor()
-        assert torch.equal(centres, kept.centres[layer, entry["heads"]])
-        for head, bias in zip(entry["heads"], entry["bias"], strict=True):
-            setting = made.report["layers"][layer]["settings"][head] - len(kept.menu)
-            settings.add(setting)
-            assert bias == kept.biases[1 + int(errors[setting, 1:, layer, head].argmin())]
-    assert settings - {0}
-    assert not any(entry and 0 in entry["heads"] for entry in made.options["expansions"])
+    errors, kinds = kept.weighed(0.5), set()
+    for layer, entries in enumerate(made.options["expansions"]):
+        settings = made.report["layers"][layer]["settings"]
+        for entry in entries:
+            expansion = Expansion(**{k: tuple(x) if isinstance(x, list) else x for k, x in entry.items()})
+            assert torch.equal(expansion.tensor(), kept.centres[expansion.number][layer, entry["heads"]])
+            for head, bias in zip(entry["heads"], entry["bias"], strict=True):
+                offer = made.report["menu"][settings[head]]
+                (place,) = (i for i, p in enumerate(kept.menu) if entry_of(p) == _entry(offer["setting"]))
+                assert offer["expansion"]
+                assert (expansion.number, expansion.open) == ((5, 12) if alone[place] else (3, 0))
+                kinds.add((alone[place], offer["setting"] is None))
+                assert bias == kept.biases[1 + int(errors[place, 1:, layer, head].argmin())]
+    assert {(True, False), (False, False)} <= kinds
+    assert not any(0 in entry["heads"] for entries in made.options["expansions"] for entry in entries)
+    assert all(any(1 in x["heads"] and x["open"] for x in entries) for entries in made.options["expansions"])
+
+
+def _entry(named: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A setting of the report as a calibration writes it."""
+    return named if named is None or "number" in named else {"heads": [], **named}
 
 
 def test_a_bound_is_kept_and_dense_layers_stay_exact() -> None:

@@ -26,6 +26,11 @@ EXPANSION = {
     for name, x in vars(Expansion.of((0, 2, 3), (0.5, 2.0, -1.0), 2 * torch.randn(3, 2, 8))).items()
 }
 """As a config holds it."""
+KEEPING = {
+    name: list(x) if isinstance(x, tuple) else x
+    for name, x in vars(Expansion.of((0, 2), (0.5, 2.0), 2 * torch.randn(2, 3, 8), 5)).items()
+}
+"""One that keeps tokens."""
 
 
 def converted(*entries: Any, expansions: Any = None, **changes: Any) -> Any:
@@ -48,7 +53,7 @@ def test_every_layer_has_its_own_settings() -> None:
 
 
 def test_plain_from_pretrained_reads_them(tmp_path: Path) -> None:
-    model = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense", expansions=[EXPANSION, None])
+    model = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense", expansions=[[EXPANSION], []])
     ids = tokens(1, 100)
     expected = answer(model, "farfield", input_ids=ids, use_cache=False)
     without = converted([{"heads": [0, 3], **OPENED, "share": 2}], "dense")
@@ -59,14 +64,16 @@ def test_plain_from_pretrained_reads_them(tmp_path: Path) -> None:
     assert torch.equal(answer(load(tmp_path), "farfield", input_ids=ids, use_cache=False), expected)
 
 
-@pytest.mark.parametrize("expanded", [False, True], ids=["alone", "expansion"])
+@pytest.mark.parametrize("expansions", [[], [EXPANSION], [KEEPING]], ids=["alone", "expansion", "kept"])
 @pytest.mark.parametrize(
     "entry",
     [[], [{"heads": [1, 2], "rank": 2}], [{"heads": [1, 2], "rank": 2}, {"heads": [3], **OPENED}]],
     ids=["none", "plain", "opened"],
 )
-def test_a_cache_gives_what_a_prefill_gives(entry: Any, expanded: bool) -> None:
-    model, ids = converted(entry, expansions=[EXPANSION if expanded else None]), tokens(2, 44)
+def test_a_cache_gives_what_a_prefill_gives(entry: Any, expansions: Any) -> None:
+    if expansions == [KEEPING]:
+        entry = [{**group, "heads": [h for h in group["heads"] if h not in KEEPING["heads"]]} for group in entry]
+    model, ids = converted(entry, expansions=[expansions]), tokens(2, 44)
     cache = transformers.DynamicCache(config=model.config)
     mask = torch.ones(2, 44, dtype=torch.long)
     mask[1, :7] = 0
@@ -91,7 +98,7 @@ def test_a_cached_step_cannot_repeat_a_shared_choice() -> None:
 def test_decode_states_repeat_a_shared_choice() -> None:
     """The tokens of a cache of decode states are those of whole prefills."""
     some = [{"heads": [1], **OPENED, "share": 4}, {"heads": [0, 3], "rank": 2}]
-    model, ids = converted(some, "dense", [], expansions=[EXPANSION, None, EXPANSION]), tokens(2, 40)
+    model, ids = converted(some, "dense", [], expansions=[[EXPANSION], [], [KEEPING]]), tokens(2, 40)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, use_cache=False, **options)
     assert torch.equal(model.generate(ids, **{ARGUMENT: StreamCache(model)}, **options), expected)
@@ -115,10 +122,11 @@ def test_groups_hold_what_differs_from_the_defaults() -> None:
         ({"layers": "dense"}, TypeError, "layers of type str"),
         ({"layers": [], "rank": 3}, TypeError, "'rank'"),
         ({"layers": [[]], "expansions": [None, None]}, ValueError, "a list of 1 entries"),
-        ({"layers": ["dense"], "expansions": [EXPANSION]}, ValueError, "nothing is far there"),
-        ({"layers": [[]], "expansions": [{**EXPANSION, "centres": "?"}]}, ValueError, "is no base64"),
+        ({"layers": ["dense"], "expansions": [[EXPANSION]]}, ValueError, "nothing is far there"),
+        ({"layers": [[]], "expansions": [EXPANSION]}, TypeError, "are dict: a list of them would be accepted"),
+        ({"layers": [[]], "expansions": [[{**EXPANSION, "centres": "?"}]]}, ValueError, "is no base64"),
         (
-            {"layers": [[]], "expansions": [{"heads": [0]}]},
+            {"layers": [[]], "expansions": [[{"heads": [0]}]]},
             ValueError,
             r"has \['heads'\]: heads, bias, number, centres",
         ),

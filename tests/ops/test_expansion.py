@@ -1,4 +1,4 @@
-"""Everything far in one cell: the sums of its definition, their gradients, and what they must not depend on."""
+"""Everything far in one cell, and what centres keep out of it: definition, gradients, what neither depends on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from farfield.ops import expansion
 from farfield.ops.compiled import choice as compiled
-from farfield.ops.expansion import ExpansionStream, expansion_state, nearest
+from farfield.ops.expansion import ExpansionStream, expansion_state, nearest, sift
 
 
 def case(length: int, width: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -19,8 +19,9 @@ def case(length: int, width: int = 5, dtype: torch.dtype = torch.float64) -> tup
 
 
 def by_hand(
-    q: Tensor, k: Tensor, v: Tensor, centres: Tensor, bias: Tensor, block: int, mask: Tensor | None, sinks: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, centres: Tensor, bias: Tensor, block: int, mask: Tensor | None, sinks: int,
+    open: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loops over queries; scale 0.7."""
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
@@ -30,23 +31,29 @@ def by_hand(
         keys, values = k[b, h // 3, far], v[b, h // 3, far]
         centre = centres[h][(q[b, h, i] - centres[h]).square().sum(-1).argmin()]
         x, scores = 0.7 * (q[b, h, i] - centre), 0.7 * keys @ centre
-        weight = scores.softmax(0)
-        mean = weight @ keys
-        lse[b, h, i] = scores.logsumexp(0) + x @ mean + bias[h]
-        out[b, h, i] = weight @ values + (weight * ((keys - mean) @ x)) @ values
+        order = scores.argsort(descending=True)
+        kept, left = order[:open], order[open:]
+        joint, rows = 0.7 * keys[kept] @ q[b, h, i], values[kept]
+        if len(left):
+            keys, values, scores = keys[left], values[left], scores[left]
+            weight = scores.softmax(0)
+            mean = weight @ keys
+            joint = torch.cat([joint, (scores.logsumexp(0) + x @ mean + bias[h])[None]])
+            rows = torch.cat([rows, (weight @ values + (weight * ((keys - mean) @ x)) @ values)[None]])
+        lse[b, h, i], out[b, h, i] = joint.logsumexp(0), joint.softmax(0) @ rows
     return out, lse
 
 
 @pytest.mark.parametrize("length", [3, 8, 13, 37, 151])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("sinks", [0, 3, 7])
-def test_it_is_its_definition(length: int, masked: bool, sinks: int) -> None:
+@pytest.mark.parametrize(("sinks", "open"), [(0, 0), (3, 0), (7, 0), (0, 1), (3, 6), (7, 50)])
+def test_it_is_its_definition(length: int, masked: bool, sinks: int, open: int) -> None:
     q, k, v, centres, bias = case(length)
     for x in (q, k, v):
         x.requires_grad_()
     mask = torch.rand(2, length) < 0.8 if masked else None
-    got = expansion_state(q, k, v, centres, bias, block=4, key_mask=mask, scale=0.7, sinks=sinks)
-    out, lse = by_hand(q, k, v, centres, bias, 4, mask, sinks)
+    got = expansion_state(q, k, v, centres, bias, block=4, key_mask=mask, scale=0.7, sinks=sinks, open=open)
+    out, lse = by_hand(q, k, v, centres, bias, 4, mask, sinks, open)
     torch.testing.assert_close(got.out, out)
     torch.testing.assert_close(got.lse, lse)
     some = lse.isfinite()
@@ -81,8 +88,9 @@ def test_it_is_exact_to_first_order() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 50.0], ids=["centred", "shifted"])
 @pytest.mark.parametrize(("width", "length"), [(32, 130), (64, 1997), (96, 997)])
+@pytest.mark.parametrize("open", [0, 33])
 def test_the_compiled_engine_is_as_exact_as_torch(
-    width: int, length: int, shift: float, monkeypatch: pytest.MonkeyPatch
+    width: int, length: int, shift: float, open: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64, at most twice the error of torch in float32, also where all keys share a large part."""
     if compiled.why_not() is not None:
@@ -93,12 +101,12 @@ def test_the_compiled_engine_is_as_exact_as_torch(
 
     def run(*tensors: Tensor) -> Tensor:
         q, k, v, centres, bias = tensors
-        got = expansion_state(q, k, v, centres, bias, block=64, key_mask=mask, scale=width**-0.5, sinks=4)
+        got = expansion_state(q, k, v, centres, bias, block=64, key_mask=mask, scale=width**-0.5, sinks=4, open=open)
         return torch.cat([got.out, got.lse[..., None]], -1)[:, :, 128:].double()
 
     calls: list[int] = []
     real = expansion.expand
-    monkeypatch.setattr(expansion, "expand", lambda *args: (calls.append(1), real(*args))[1])
+    monkeypatch.setattr(expansion, "expand", lambda **given: (calls.append(1), real(**given))[1])
     exact = run(*(x.double() for x in given))
     assert not calls
     fast = run(*given)
@@ -111,16 +119,19 @@ def test_the_compiled_engine_is_as_exact_as_torch(
         assert 0 < error <= 2 * of_torch
 
 
-def test_gradients_of_the_compiled_engine() -> None:
+@pytest.mark.parametrize("open", [0, 5, 70])
+@pytest.mark.parametrize("length", [15, 150, 401])
+def test_gradients_of_the_compiled_engine(open: int, length: int) -> None:
     """Those of the same in float64; queries, keys and values alone have any."""
-    given = case(150, 32, torch.float32)
+    given = case(length, 32, torch.float32)
+    mask = torch.rand(2, length) < 0.8
     grads = []
     for dtype in (torch.float32, torch.float64):
         q, k, v, centres, bias = (x.to(dtype) for x in given)
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-        got = expansion_state(q, k, v, centres, bias, block=8, key_mask=None, scale=0.2, sinks=3)
+        got = expansion_state(q, k, v, centres, bias, block=8, key_mask=mask, scale=0.2, sinks=3, open=open)
         weight = torch.randn(got.out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-        total = (got.out * weight).sum() + got.lse[:, :, 16:].sum()
+        total = (got.out * weight).sum() + got.lse.masked_fill(got.lse.isinf(), 0.0).square().sum()
         grads.append([g.double() for g in torch.autograd.grad(total, (q, k, v))])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
@@ -128,7 +139,7 @@ def test_gradients_of_the_compiled_engine() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    """The state of rounded inputs, to a rounding of float32, is that of the same numbers in float32."""
+    """The cell of rounded inputs, to a rounding of float32, is that of the same numbers in float32."""
     given = [x.to(dtype) for x in case(90, 32, torch.float32)]
     options = {"block": 8, "key_mask": None, "scale": 0.2, "sinks": 3}
     got = expansion_state(*given, **options)  # type: ignore[arg-type]
@@ -155,11 +166,12 @@ def test_one_vector_added_to_all_keys_changes_no_value() -> None:
 
 @pytest.mark.parametrize(("width", "dtype"), [(5, torch.float64), (32, torch.float32)], ids=["torch", "compiled"])
 @pytest.mark.parametrize("what", [1e6, torch.inf, torch.nan], ids=str)
-def test_nothing_hangs_on_later_tokens(width: int, dtype: torch.dtype, what: float) -> None:
+@pytest.mark.parametrize("open", [0, 6])
+def test_nothing_hangs_on_later_tokens(width: int, dtype: torch.dtype, what: float, open: int) -> None:
     """Bit by bit, though later scores are far larger, or no numbers; and what is hidden may hold anything."""
     q, k, v, centres, bias = case(150, width, dtype)
     mask = torch.rand(2, 150) < 0.8
-    options = {"block": 4, "scale": 0.7, "sinks": 2}
+    options = {"block": 4, "scale": 0.7, "sinks": 2, "open": open}
     first = expansion_state(q, k, v, centres, bias, key_mask=mask, **options)  # type: ignore[arg-type]
     k[:, :, 100:] *= 40
     v[:, :, 100:] = what
@@ -171,17 +183,39 @@ def test_nothing_hangs_on_later_tokens(width: int, dtype: torch.dtype, what: flo
     assert second.out.isfinite().all() == (what == 1e6)
 
 
+@pytest.mark.parametrize("width", [5, 32], ids=["torch", "compiled"])
+def test_what_is_kept_has_the_largest_scores(width: int) -> None:
+    """Among equals the first; every token that is seen is kept or has joined once, and none joins twice."""
+    _, k, _, centres, _ = case(90, width, torch.float32)
+    k = (2 * k).round() / 2
+    k[:, :, 40:60] = k[:, :, 20:40]
+    centres = (2 * centres).round() / 2  # sums without rounding: equal scores are equal
+    shown = torch.rand(2, 90) < 0.7
+    kept, joins = sift(k, centres, shown, block=8, open=5, scale=0.5, units=13)
+    for b, h, c in torch.cartesian_prod(*(torch.arange(n) for n in (2, 6, 3))).tolist():
+        scores, joined = 0.5 * k[b, h // 3] @ centres[h, c], []
+        for unit in range(13):
+            far = [j for j in range(max(0, min(90, (unit - 1) * 8))) if shown[b, j]]
+            best = sorted(sorted(far, key=lambda j: (-scores[j].item(), j))[:5])
+            assert kept[b, h, unit, c].tolist() == best + [-1] * (5 - len(best))
+            joined += [j for j in joins[b, h, unit, c].tolist() if j >= 0]
+            assert sorted(joined + best) == far
+
+
 @pytest.mark.parametrize("prompt", [0, 1, 4, 11, 90, 151])
-def test_a_stream_has_the_same_sums(prompt: int) -> None:
-    q, k, v, centres, bias = case(151)
-    whole = expansion_state(q, k, v, centres, bias, block=4, key_mask=None, scale=0.7, sinks=3)
-    stream = ExpansionStream(4, 3)
-    cache = stream.empty(2, centres, torch.float64, torch.device("cpu"))
-    stream.fill(cache, k[:, :, :prompt], v[:, :, :prompt], centres, 0.7)
+@pytest.mark.parametrize("open", [0, 1, 7, 200])
+@pytest.mark.parametrize(("width", "dtype"), [(5, torch.float64), (32, torch.float32)], ids=["torch", "compiled"])
+def test_a_stream_has_the_same_sums(prompt: int, open: int, width: int, dtype: torch.dtype) -> None:
+    q, k, v, centres, bias = case(151, width, dtype)
+    scale = 0.7 if width == 5 else 0.2
+    whole = expansion_state(q, k, v, centres, bias, block=4, key_mask=None, scale=scale, sinks=3, open=open)
+    stream, read = ExpansionStream(4, 3, open=open), torch.arange(6) // 3
+    cache = stream.empty(2, centres, dtype, torch.device("cpu"))
+    stream.fill(cache, k[:, :, :prompt], v[:, :, :prompt], centres, scale)
     for at in range(prompt, 151):
-        got = stream.attend(cache, q[:, :, at : at + 1], centres, bias, at // 4, 0.7)
-        torch.testing.assert_close(got.out[:, :, 0], whole.out[:, :, at])
-        torch.testing.assert_close(got.lse[:, :, 0], whole.lse[:, :, at])
+        got = stream.attend(cache, q[:, :, at : at + 1], k, v, read, centres, bias, at // 4, scale)
+        torch.testing.assert_close(got.out[:, :, 0], whole.out[:, :, at], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.lse[:, :, 0], whole.lse[:, :, at], rtol=1e-5, atol=1e-5)
         if (at + 1) % 4 == 0:
-            block = slice(at - 3, at + 1)
-            stream.close(cache, at // 4, k[:, :, block], v[:, :, block], centres, 0.7)
+            first = 0 if open else at - 3
+            stream.close(cache, at // 4, *(x[:, :, first : at + 1] for x in (k, v)), centres, scale, first)

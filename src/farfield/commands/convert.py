@@ -51,11 +51,13 @@ def convert_command(
         int | None, typer.Option(min=1, help="Most queries that share a choice; 1 allows decoding with a cache.")
     ] = None,
     centres: Annotated[
-        int,
+        str,
         typer.Option(
-            min=0, help="Offer every setting also with everything far in one more cell, about so many centres; 0: none."
+            metavar="N,N",
+            help="Offer expansions about so many centres of a head's queries: those that keep tokens, and, about the "
+            "fewest, one beside every other setting.",
         ),
-    ] = 0,
+    ] = "",
     recall_weight: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="How much ends that repeat count, beside plain text.")
     ] = 0.5,
@@ -76,7 +78,7 @@ def convert_command(
 
     if keys is None and error is None:
         keys = _DEFAULT_KEYS
-    exact = _numbers(dense_layers)
+    exact, numbers = _numbers(dense_layers, "layers"), _numbers(centres, "numbers of centres")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"{out} is not empty; give another --out")
     place = device_option(device)
@@ -95,14 +97,15 @@ def convert_command(
     with Stages(console) as told:
         conversion = convert(
             pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact, max_share=share,
-            recall_weight=recall_weight, centres=centres, recall=recall, queries=queries, seed=seed,
+            recall_weight=recall_weight, centres=numbers, recall=recall, queries=queries, seed=seed,
             progress=lambda stage, done, total: told(stage, done / total, f"{done} of {total}"),
         )  # fmt: skip
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])
     report = conversion.report
     length = conversion.calibration.length
     heads = [len(layer["settings"]) for layer in report["layers"]]
-    alone = sum(layer["settings"].count(0) for layer in report["layers"])
+    nothing = {i for i, offer in enumerate(report["menu"]) if offer["setting"] is None and not offer["expansion"]}
+    alone = sum(number in nothing for layer in report["layers"] for number in layer["settings"])
     console.print(
         f"{report['keys']:.1%} of {length:,} tokens' keys are read, estimated divergence "
         f"{report['estimated_divergence']:.4f} nats per token; {alone} of {sum(heads)} heads see no far field "
@@ -112,9 +115,9 @@ def convert_command(
     console.print(f"written to {out}; measure it with: farfield eval {out} --against {model}", soft_wrap=True)
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, what: str) -> list[int]:
     """[0, 1] from ``0,1``."""
     pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
     if not all(piece.isdecimal() for piece in pieces):
-        raise ValueError(f"{text!r} are no layers; write their numbers like 0,1")
+        raise ValueError(f"{text!r} are no {what}; write them like 8,16")
     return [int(piece) for piece in pieces]

@@ -42,14 +42,16 @@ class ByHead(FarPart):
             level bias) are made for the heads of its group.
         sinks: leading tokens that every head sees exactly; all pyramids must have the same number. None for theirs (0
             without groups).
-        expansion: one more cell for some heads, which holds every token beyond the near field, expanded about the
-            centre that is nearest to the query. A correction of what opened cells leave out: what is opened is in it as
-            well. For causal sequences.
+        expansions: one more cell for some heads, which holds every token beyond the near field, expanded about the
+            centre that is nearest to the query; no head in two of them. Beside a pyramid it is a correction of what
+            opened cells leave out: what is opened is in it as well. An expansion whose centres keep tokens out of it
+            (``open``) is a far field of its own, in which every token is seen once; its heads have no pyramid. For
+            causal sequences.
     """
 
     groups: tuple[Group, ...] = ()
     sinks: int | None = None
-    expansion: Expansion | None = None
+    expansions: tuple[Expansion, ...] = ()
 
     def __post_init__(self) -> None:
         groups = []
@@ -61,9 +63,16 @@ class ByHead(FarPart):
                 raise ValueError(f"ByHead: a group's heads are {heads}; one or more numbers from 0 on are needed")
             groups.append((heads, entry[1]))
         object.__setattr__(self, "groups", tuple(groups))
-        twice = sorted(head for head, times in Counter(h for hs, _ in groups for h in hs).items() if times > 1)
-        if twice:
-            raise ValueError(f"ByHead: heads {twice} are in more than one place; a head has one far field")
+        given = self.expansions
+        if not isinstance(given, list | tuple) or not all(isinstance(x, Expansion) for x in given):
+            raise TypeError(f"ByHead(expansions={given!r}): a tuple of far.Expansion would be accepted")
+        object.__setattr__(self, "expansions", tuple(given))
+        in_groups = [h for heads, _ in groups for h in heads]
+        apart = [h for x in self.expansions if x.open for h in x.heads]
+        for places in (in_groups + apart, [h for x in self.expansions for h in x.heads]):
+            twice = sorted(head for head, times in Counter(places).items() if times > 1)
+            if twice:
+                raise ValueError(f"ByHead: heads {twice} are in more than one place; a head has one far field")
         sinks = {pyramid.sinks for _, pyramid in groups} | (set() if self.sinks is None else {self.sinks})
         if len(sinks) > 1:
             raise ValueError(
@@ -74,18 +83,16 @@ class ByHead(FarPart):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"ByHead(sinks={count!r}): a number of leading tokens >= 0 would be accepted")
         object.__setattr__(self, "sinks", count)
-        if self.expansion is not None and not isinstance(self.expansion, Expansion):
-            raise TypeError(f"ByHead(expansion={self.expansion!r}): a far.Expansion, or None, would be accepted")
 
     @property
     def opens(self) -> bool:
-        """Whether any group opens cells."""
-        return any(pyramid.open for _, pyramid in self.groups)
+        """Whether any head opens cells or keeps tokens."""
+        return any(pyramid.open for _, pyramid in self.groups) or any(x.open for x in self.expansions)
 
     @property
     def takes_dropout(self) -> bool:  # type: ignore[override]
         """Where nothing is opened, and there is no expansion."""
-        return not self.opens and self.expansion is None
+        return not self.opens and not self.expansions
 
     @property
     def causal_safe(self) -> bool:
@@ -98,8 +105,7 @@ class ByHead(FarPart):
     def cost(self) -> str:
         """Score computations for n tokens."""
         parts = [f"{len(heads)} heads: {pyramid.cost}" for heads, pyramid in self.groups]
-        if self.expansion is not None:
-            parts.append(f"{len(self.expansion.heads)} heads: n·{self.expansion.number}·D")
+        parts += [f"{len(x.heads)} heads: n·({x.number}·D + {x.open})" for x in self.expansions]
         return " + ".join(parts) or "0"
 
     def fuses(self, near: Part | None, merge: str) -> bool:
@@ -116,8 +122,8 @@ class ByHead(FarPart):
         beyond = sorted(h for heads, _ in self.groups for h in heads if h >= spec.num_heads)
         if beyond:
             raise ValueError(f"ByHead names heads {beyond} in a layer of {spec.num_heads}: 0 to {spec.num_heads - 1}")
-        if self.expansion is not None:
-            _check_expansion(self.expansion, spec)
+        for expansion in self.expansions:
+            _check_expansion(expansion, spec)
         for _, pyramid in self.groups:
             pyramid.check(spec, near)
 
@@ -144,7 +150,10 @@ class _ByHead(StreamModule):
         self.heads = [list(heads) for heads, _ in options.groups]
         self.kv_heads = [_key_heads(heads, spec.num_heads // spec.num_kv_heads) for heads in self.heads]
         self.parts = nn.ModuleList()
-        self.together = any(_together(pyramid) for _, pyramid in options.groups)
+        # Whether decoding keeps all tokens in one place.
+        self.together = any(_together(pyramid) for _, pyramid in options.groups) or any(
+            x.open for x in options.expansions
+        )
         for heads, kv_heads, (_, pyramid) in zip(self.heads, self.kv_heads, options.groups, strict=True):
             alone = replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads))
             self.parts.append(pyramid.build_far(alone, near))
@@ -160,32 +169,34 @@ class _ByHead(StreamModule):
     def _all_heads(self, inputs: Inputs) -> AttentionState:
         """What needs no group: the near field and the expansion."""
         near = near_state(inputs, self.block, self.options.sinks or 0)
-        expansion = self.options.expansion
-        return near if expansion is None else self._joined(near, [self._expansion(inputs)], list(expansion.heads))
+        return self._with_expansions(near, [self._expansion(inputs, x) for x in self.options.expansions])
 
-    def _expansion(self, inputs: Inputs) -> AttentionState:
-        """Everything far in one cell, for the heads that have it."""
+    def _with_expansions(self, near: AttentionState, states: list[AttentionState]) -> AttentionState:
+        return self._joined(near, states, [head for x in self.options.expansions for head in x.heads])
+
+    def _expansion(self, inputs: Inputs, expansion: Expansion) -> AttentionState:
+        """Everything far, for the heads that have this expansion."""
         if inputs.cu_seqlens is not None:
-            state = by_segment(inputs, self._expansion)
+            state = by_segment(inputs, lambda part: self._expansion(part, expansion))
             assert isinstance(state, AttentionState)
             return state
-        query, key, value = self._of_expansion(inputs.rotated_q, inputs.rotated_k, inputs.v)
-        centres, bias = self._centres(query)
+        query, key, value = self._of_expansion(expansion, inputs.rotated_q, inputs.rotated_k, inputs.v)
+        centres, bias = expansion.on(query.device)
         return expansion_state(
             query, key, value, centres, bias, block=self.block[0], key_mask=inputs.key_mask, scale=inputs.scale,
-            sinks=self.options.sinks or 0,
+            sinks=self.options.sinks or 0, open=expansion.open,
         )  # fmt: skip
 
-    def _of_expansion(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the heads that have it."""
-        assert self.options.expansion is not None
-        heads = list(self.options.expansion.heads)
-        read = _key_heads(heads, self.spec.num_heads // self.spec.num_kv_heads)
-        return _take(query, heads), _take(key, read), _take(value, read)
+    def _read_by(self, expansion: Expansion) -> list[int]:
+        """The key heads of an expansion's heads."""
+        return _key_heads(list(expansion.heads), self.spec.num_heads // self.spec.num_kv_heads)
 
-    def _centres(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.options.expansion is not None
-        return self.options.expansion.on(like.device)
+    def _of_expansion(
+        self, expansion: Expansion, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the heads that have it."""
+        read = self._read_by(expansion)
+        return _take(query, list(expansion.heads)), _take(key, read), _take(value, read)
 
     def _joined(self, near: AttentionState, far: list[AttentionState], heads: list[int]) -> AttentionState:
         """The far fields of groups, one after the other of ``heads``, merged into the near field of these heads."""
@@ -224,8 +235,13 @@ class _ByHead(StreamModule):
         assert self.options.sinks is not None
         return MultipoleStream(self.block[0], 1, None, False, self.options.sinks, "near", rewind)
 
-    def _moments(self, rewind: int) -> ExpansionStream:
-        return ExpansionStream(self.block[0], self.options.sinks or 0, rewind)
+    def _moments(self, rewind: int) -> list[tuple[str, Expansion, ExpansionStream]]:
+        """Name in a cache, options and stream of every expansion."""
+        sinks = self.options.sinks or 0
+        return [
+            (f"expansion{i}/", x, ExpansionStream(self.block[0], sinks, rewind, x.open))
+            for i, x in enumerate(self.options.expansions)
+        ]
 
     def _apart(self) -> list[tuple[str, StreamModule, list[int], list[int]]]:
         """Those of :meth:`_parts` that have a cache of their own."""
@@ -256,9 +272,9 @@ class _ByHead(StreamModule):
         else:
             sizes = spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim
             cache = {f"near/{name}": x for name, x in self._stream(spec.rewind).empty(*sizes, *place).items()}
-        if self.options.expansion is not None:
-            moments = self._moments(spec.rewind).empty(spec.batch_size, self.options.expansion.tensor(), *place)
-            cache |= {f"expansion/{name}": x for name, x in moments.items()}
+        for prefix, expansion, stream in self._moments(spec.rewind):
+            own = stream.empty(spec.batch_size, expansion.tensor(), *place)
+            cache |= {prefix + name: x for name, x in own.items()}
         for prefix, part, heads, kv_heads in self._apart():
             own = part.empty_cache(replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads)))
             cache |= {prefix + name: x for name, x in own.items()}
@@ -313,40 +329,47 @@ class _ByHead(StreamModule):
         else:
             with _within(cache, "near/") as own:
                 self._stream(rewind).fill(own, *tokens[1:])
-        if self.options.expansion is not None:
-            _, key, value = self._of_expansion(*tokens)
-            with _within(cache, "expansion/") as own:
-                self._moments(rewind).fill(own, key, value, self._centres(key)[0], scale)
+        for prefix, expansion, stream in self._moments(rewind):
+            _, key, value = self._of_expansion(expansion, *tokens)
+            with _within(cache, prefix) as own:
+                stream.fill(own, key, value, expansion.on(key.device)[0], scale)
 
     def _step(
         self, tokens: tuple[Tensor, Tensor, Tensor], cache: Cache, length: int, rewind: int, scale: float
     ) -> AttentionState:
-        """Near field, expansion and what is opened on common tokens, for [B, H, T, D] after ``length`` others."""
-        expansion, block = self.options.expansion, self.block[0]
+        """Near field, expansions and what is opened on common tokens, for [B, H, T, D] after ``length`` others."""
+        sums, block = self._moments(rewind), self.block[0]
         stream = self._kept(rewind) if self.together else self._stream(rewind)
         states, done = [], 0
-        with _within(cache, "tokens/" if self.together else "near/") as kept, _within(cache, "expansion/") as moments:
+        with _within(cache, "tokens/" if self.together else "near/") as kept:
             while done < tokens[0].shape[2]:
                 at = length + done
-                stop = tokens[0].shape[2] if expansion is None else min(tokens[0].shape[2], done + block - at % block)
+                stop = min(tokens[0].shape[2], done + block - at % block) if sums else tokens[0].shape[2]
                 query, key, value = (x[:, :, done:stop] for x in tokens)
                 state = stream.step(kept, query, key, value, at, scale=scale)
                 assert isinstance(state, AttentionState)
-                done = stop
-                if expansion is not None:
-                    query, _, _ = self._of_expansion(query, key, value)
-                    centres, bias = self._centres(query)
-                    number, sums = at // block, self._moments(rewind)
-                    far = sums.attend(moments, query, centres, bias, number, scale)
-                    state = self._joined(state, [far], list(expansion.heads))
-                    if (length + done) % block == 0:
-                        closed = stream.tokens(kept, number * block, (number + 1) * block)
-                        _, key, value = self._of_expansion(tokens[0], *closed)
-                        sums.close(moments, number, key, value, centres, scale)
-                states.append(state)
+                done, number = stop, at // block
+                far = []
+                for prefix, expansion, of in sums:
+                    centres, bias = expansion.on(query.device)
+                    asked = _take(query, list(expansion.heads))
+                    every = (kept["keys"], kept["values"]) if of.open else (key, value)
+                    read = _index(tuple(self._key_head(h) for h in expansion.heads), query.device)
+                    with _within(cache, prefix) as own:
+                        far.append(of.attend(own, asked, *every, read, centres, bias, number, scale))
+                        if (length + done) % block == 0:
+                            # Of tokens that joined long ago those that centres keep may leave them now.
+                            first = 0 if of.open else number * block
+                            closed = stream.tokens(kept, first, (number + 1) * block)
+                            _, keys, values = self._of_expansion(expansion, query, *closed)
+                            of.close(own, number, keys, values, centres, scale, first)
+                states.append(self._with_expansions(state, far))
         joined = join_rows(states)
         assert isinstance(joined, AttentionState)
         return joined
+
+    def _key_head(self, head: int) -> int:
+        return head * self.spec.num_kv_heads // self.spec.num_heads
 
     def extra_repr(self) -> str:
         """What was asked for."""

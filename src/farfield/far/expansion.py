@@ -1,4 +1,4 @@
-"""Expansion: which heads see everything far in one cell, and about what centres, as a config can hold it."""
+"""Expansion: which heads see everything far in one cell, about what centres, and what these keep out of it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ class Expansion:
         number: centres of a head.
         centres: float16 `[heads, number, D]` in base64, queries as the scores take them (rotated, before the scale);
             :meth:`of` makes it.
+        open: tokens that every centre keeps out of the cell, those with the largest scores at the centre; queries read
+            those of their own centre exactly.
     """
 
     heads: tuple[int, ...]
     bias: tuple[float, ...]
     number: int
     centres: str
+    open: int = 0
 
     def __post_init__(self) -> None:
         heads = integers(self.heads, "heads of an Expansion")
@@ -52,6 +55,8 @@ class Expansion:
         object.__setattr__(self, "bias", tuple(float(x) for x in self.bias))
         if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 1:
             raise ValueError(f"Expansion(number={self.number!r}): a number of centres >= 1 would be accepted")
+        if isinstance(self.open, bool) or not isinstance(self.open, int) or self.open < 0:
+            raise ValueError(f"Expansion(open={self.open!r}): a number of tokens >= 0 would be accepted")
         try:
             size = len(base64.b64decode(self.centres, validate=True))
         except (TypeError, ValueError, binascii.Error) as error:
@@ -71,10 +76,10 @@ class Expansion:
         return len(base64.b64decode(self.centres)) // (2 * len(self.heads) * self.number)
 
     @staticmethod
-    def of(heads: tuple[int, ...], bias: tuple[float, ...], centres: Tensor) -> Expansion:
+    def of(heads: tuple[int, ...], bias: tuple[float, ...], centres: Tensor, open: int = 0) -> Expansion:
         """From centres `[heads, number, D]`, which are rounded to float16."""
         raw = centres.detach().cpu().to(torch.float16).contiguous().numpy().astype("<f2").tobytes()
-        return Expansion(tuple(heads), tuple(bias), centres.shape[1], base64.b64encode(raw).decode())
+        return Expansion(tuple(heads), tuple(bias), centres.shape[1], base64.b64encode(raw).decode(), open)
 
     def tensor(self) -> Tensor:
         """The centres, float32 `[heads, number, D]`."""
@@ -90,7 +95,7 @@ class Expansion:
         # A decode state knows its layer by this: of other centres it is another.
         name = hashlib.sha256(self.centres.encode()).hexdigest()[:12]
         about = f"centres=<{name}, {self.width} wide>"
-        return f"Expansion(heads={self.heads}, bias={self.bias}, number={self.number}, {about})"
+        return f"Expansion(heads={self.heads}, bias={self.bias}, number={self.number}, {about}, open={self.open})"
 
 
 @lru_cache(maxsize=1024)

@@ -10,6 +10,12 @@ the covariance under the same weights: sums over tokens that do not hang on the 
 fast multipole methods (Greengard & Rokhlin 1987), with the roles of points taken by queries and keys; to order zero
 and about 0 it is the mean key and the mean value of everything far. Every head has a few centres, means of clusters of
 its queries, and a query takes the nearest.
+
+The first order fits tokens of little weight, and there are many of them. So a centre can keep some tokens out of its
+cell, those with the largest scores at the centre; its queries read them exactly, and every token is still seen once.
+Which they are hangs on the centre and the tokens alone: the centre chooses for all queries that are near it, at any
+place. This is the clustered attention of Vyas, Katharopoulos & Fleuret (arXiv 2007.04825, "improved") with centres that
+are known beforehand, so that it is causal and has a stream, and with sums to first order in place of those of order 0.
 """
 
 from __future__ import annotations
@@ -23,13 +29,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from farfield.geometry import EMPTY
 from farfield.ops.cache import Cache, exactly
 from farfield.ops.compiled import choice as compiled
-from farfield.ops.compiled.expansion import expand
-from farfield.ops.state import AttentionState
-from farfield.ops.tiles import compute_dtype
+from farfield.ops.compiled.expansion import expand, expand_backward
+from farfield.ops.compiled.expansion import sift as compiled_sift
+from farfield.ops.compiled.expansion import step as compiled_step
+from farfield.ops.listed import attend_lists
+from farfield.ops.opened.choose import top
+from farfield.ops.state import AttentionState, merge_states, state_from_scores
+from farfield.ops.tiles import Store, compute_dtype
 
-__all__ = ["ExpansionStream", "Moments", "expansion_state", "moments_of", "nearest"]
+__all__ = ["ExpansionStream", "Moments", "expansion_state", "moments_of", "nearest", "sift"]
 
 RUN = 16
 """Blocks whose sums are held at once."""
@@ -77,16 +88,121 @@ def moments_of(key: Tensor, value: Tensor, centres: Tensor, shown: Tensor, scale
     # Heads that share keys stand side by side, so that every key is multiplied once.
     of_key = (centres * scale).view(key.shape[1], *between, repeat * centres.shape[1], -1)
     key, value = key.to(wide), value.to(wide)
-    scores = (of_key @ key.mT).masked_fill(~shown[..., None, :], -torch.inf)  # [B, Hkv, ..., R C, M]
-    peak = scores.detach().amax(-1, keepdim=True)
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    weight = (scores - peak).exp()
-    total = weight.sum(-1, keepdim=True)
-    lse, weight = _normalised(weight, total, peak)
+    lse, weight = _weights((of_key @ key.mT).masked_fill(~shown[..., None, :], -torch.inf))  # [B, Hkv, ..., R C, M]
     products = torch.cat([weight[..., None, :] * key.mT[..., None, :, :], weight[..., None, :]], -2)
     rows = (products.flatten(-3, -2) @ value).unflatten(-2, products.shape[-3:-1])
     made = Moments(lse, weight @ key, rows)
     return made.map(lambda x: _to_heads(x, len(between), repeat))
+
+
+def _weights(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of the masses of scores [.., M], and weights that sum to 1, or are 0 where there is nothing."""
+    peak = scores.detach().amax(-1, keepdim=True)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    weight = (scores - peak).exp()
+    return _normalised(weight, weight.sum(-1, keepdim=True), peak)
+
+
+def _moments_of_listed(key: Tensor, value: Tensor, centres: Tensor, listed: Tensor, scale: float) -> Moments:
+    """Moments [B, H, U, C] of tokens that every centre has for itself.
+
+    Args:
+        key, value: [B, Hkv, N, D], Hkv divides H.
+        centres: [H, C, D].
+        listed: [B, H, U, C, M] tokens, negative for none.
+        scale: factor of the scores.
+    """
+    hidden = listed < 0
+    key, value = (
+        _gathered(x, listed).to(centres.dtype).masked_fill(hidden[..., None], 0.0) for x in (key, value)
+    )  # [B, H, U, C, M, D]
+    scores = (key @ (centres * scale)[:, None, :, :, None]).squeeze(-1)
+    lse, weight = _weights(scores.masked_fill(hidden, -torch.inf))
+    products = torch.cat([weight[..., None, :] * key.mT, weight[..., None, :]], -2)
+    return Moments(lse, (weight[..., None, :] @ key).squeeze(-2), products @ value)
+
+
+def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
+    """Rows [B, H, ..., D] of x [B, Hkv, N, D] at tokens [B, H, ...]; negative ones get any."""
+    batch, heads = tokens.shape[:2]
+    shape = (batch, heads, *[1] * (tokens.dim() - 2))
+    row = torch.arange(batch, device=x.device).view(-1, 1, *shape[2:])
+    head = torch.arange(heads, device=x.device).view(1, -1, *shape[2:]) // (heads // x.shape[1])
+    return x[row, head, tokens.clamp(min=0)]
+
+
+@torch.no_grad()
+def sift(
+    key: Tensor, centres: Tensor, shown: Tensor, *, block: int, open: int, scale: float, units: int
+) -> tuple[Tensor, Tensor]:
+    """Which tokens every centre keeps out of its cell, for the queries of every unit (a leaf block of them).
+
+    Args:
+        key: [B, Hkv, N, D], Hkv divides H.
+        centres: [H, C, D].
+        shown: [B or 1, N] bool, which tokens count.
+        block: tokens of a unit.
+        open: tokens kept by a centre.
+        scale: factor of the scores.
+        units: U, how many units; the last sees the tokens before ``(U - 2) * block``.
+
+    Returns:
+        Tokens kept [B, H, U, C, open], rising, and those that join the cell at a unit [B, H, U, C, block], ``EMPTY``
+        where there are fewer. What unit u sees are tokens before (u - 1) * block: of these the ``open`` with the
+        largest scores at the centre are kept, of equal ones the first. Scores are made in float32. O(N C D) time.
+    """
+    if key.device.type == "cpu" and compiled.why_not() is None and key.shape[-1] % WIDTH == 0:
+        shown = shown.expand(len(key), -1)
+        return compiled_sift(key.float(), centres.float(), shown, block, open, scale, units)
+    heads, number = centres.shape[:2]
+    tokens = torch.full((len(key), heads, number, open), EMPTY, device=key.device)
+    scores = torch.full(tokens.shape, -torch.inf, device=key.device)
+    nobody = torch.full((*tokens.shape[:3], block), EMPTY, device=key.device)
+    kept, joins = [], []
+    for unit in range(units):
+        left = nobody
+        if unit > 1:
+            place = slice((unit - 2) * block, (unit - 1) * block)
+            seen = shown[:, None, None, place]
+            fresh = _scores(key[:, :, place], centres, scale).masked_fill(~seen, -torch.inf)
+            index = torch.arange(place.start, place.start + fresh.shape[-1], device=key.device)
+            every = torch.cat([tokens, index.where(seen, EMPTY).expand(fresh.shape)], -1)
+            tokens, left, scores = _kept_of(every, torch.cat([scores, fresh], -1), open, block)
+        kept.append(tokens)
+        joins.append(left)
+    return torch.stack(kept, 2), torch.stack(joins, 2)
+
+
+def _scores(key: Tensor, centres: Tensor, scale: float) -> Tensor:
+    """[B, H, C, M] scores of keys [B, Hkv, M, D] at the centres, float32."""
+    repeat = len(centres) // key.shape[1]
+    return (centres * scale).float() @ key.float().repeat_interleave(repeat, 1).mT
+
+
+def _kept_of(tokens: Tensor, scores: Tensor, open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tokens [.., n], ``EMPTY`` or scored, those kept [.., open], the others [.., block], scores of the kept."""
+    chosen = top(scores, open)
+    none, place = chosen == EMPTY, chosen.clamp(min=0)
+    kept, score = (x.gather(-1, place).masked_fill(none, f) for x, f in ((tokens, EMPTY), (scores, -torch.inf)))
+    others = F.pad(tokens, (0, 1)).scatter(-1, chosen.masked_fill(none, tokens.shape[-1]), EMPTY)[..., :-1]
+    # Those that are left come first, in their order; never more of them than came in.
+    order = (others == EMPTY).to(torch.uint8).argsort(stable=True, dim=-1)[..., :block]
+    left = others.gather(-1, order)
+    return kept, F.pad(left, (0, block - left.shape[-1]), value=EMPTY), score
+
+
+def _read(
+    query: Tensor, key: Tensor, value: Tensor, kept: Tensor, own: Tensor, block: int, scale: float
+) -> AttentionState:
+    """Attention of queries [B, H, N, D] to what their centres ``own`` [B, H, N] keep, [B, H, U, C, open]."""
+    batch, heads, length, dim = query.shape
+    unit = torch.arange(length, device=query.device) // block
+    table = kept.flatten(2, 3).gather(2, (unit * kept.shape[3] + own)[..., None].expand(-1, -1, -1, kept.shape[-1]))
+    rows = [x.reshape(batch * x.shape[1], -1, 1, dim) for x in (key, value)]
+    store = Store(rows[0], rows[1], table.flatten(0, 1))
+    units = query.reshape(batch * heads, 1, length, 1, dim)
+    state = attend_lists(units, [store], batch=batch, scale=scale)
+    return AttentionState(*(x.reshape(batch, heads, length, *x.shape[4:]) for x in state))
 
 
 def _to_heads(x: Tensor, between: int, repeat: int) -> Tensor:
@@ -121,11 +237,11 @@ def _normalised(weight: Tensor, total: Tensor, peak: Tensor) -> tuple[Tensor, Te
     return (safe.log() + peak).masked_fill(empty, -torch.inf).squeeze(-1), weight / safe
 
 
-def _attend(query: Tensor, far: Moments, centres: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    query: Tensor, own: Tensor, far: Moments, centres: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Output [B, H, U, M, D] and score [B, H, U, M] of queries [B, H, U, M, D] from moments [B, H, U, C]."""
-    number = centres.shape[1]
-    with torch.no_grad():
-        own = F.one_hot(nearest(query.flatten(2, 3), centres).unflatten(2, query.shape[2:4]), number).to(query.dtype)
+    own = F.one_hot(own, centres.shape[1]).to(query.dtype)
     x = (query - (own.flatten(2, 3) @ centres).unflatten(2, query.shape[2:4])) * scale
     common = (x * (own @ far.key)).sum(-1, keepdim=True)
     # Rows of the query's own centre alone: x times k v', and 1 - x.K times the mean value.
@@ -147,6 +263,7 @@ def expansion_state(
     key_mask: Tensor | None,
     scale: float,
     sinks: int,
+    open: int = 0,
 ) -> AttentionState:
     """Attention of every query to one cell that holds all tokens beyond its near field of leaf blocks. Causal, 1-D.
 
@@ -156,12 +273,15 @@ def expansion_state(
         centres: [H, C, D], what queries are expanded about (before the scale).
         bias: [H] added to the score.
         block, key_mask, scale, sinks: as in :func:`farfield.multipole_attention`.
+        open: tokens that every centre keeps out of the cell, those with the largest scores at the centre; queries read
+            those of their own centre exactly.
 
     Returns:
         The state: the value to first order, in float32 or wider, and the score as lse; 0 and -inf where nothing is far.
-        O(N C D²) time; gradients, of queries, keys and values alone, compute it again instead of keeping it. No query
-        depends on a later token. A value to first order is no mean: for a query far from all centres it can lie outside
-        the range of the values.
+        With at least as many ``open`` as there are far tokens it is that of exact attention to them. O(N C D²) time and
+        O(N open) beside it; gradients, of queries, keys and values alone, compute the sums again instead of keeping
+        them, and take what is kept as given. No query depends on a later token. A value to first order is no mean: for
+        a query far from all centres it can lie outside the range of the values.
     """
     centres = centres.to(compute_dtype(query.dtype))
     if query.numel() == 0:
@@ -169,7 +289,19 @@ def expansion_state(
     shown = torch.arange(query.shape[2], device=query.device)[None] >= sinks
     if key_mask is not None:
         shown = shown & key_mask
-    return AttentionState(*_Expansion.apply(query, key, value, centres, bias.to(centres.dtype), block, shown, scale))
+    with torch.no_grad(), exactly(query.device):
+        own = nearest(query.to(centres.dtype), centres)
+        units = -(-query.shape[2] // block)
+        kept, joins = (
+            sift(key, centres, shown, block=block, open=open, scale=scale, units=units) if open else (None, None)
+        )
+    cell = AttentionState(
+        *_Expansion.apply(query, key, value, centres, bias.to(centres.dtype), own, block, shown, joins, scale)
+    )
+    if kept is None:
+        return cell
+    exact = _read(query, key, value, kept, own, block, scale)
+    return merge_states(cell, AttentionState(exact.out.to(cell.out.dtype), exact.lse.to(cell.lse.dtype)))
 
 
 class _Expansion(torch.autograd.Function):
@@ -182,45 +314,68 @@ class _Expansion(torch.autograd.Function):
         value: Tensor,
         centres: Tensor,
         bias: Tensor,
+        own: Tensor,
         block: int,
         shown: Tensor,
+        joins: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         with exactly(query.device):
-            if query.device.type == "cpu" and _fits(query, centres) and compiled.why_not() is None:
-                q, k, v = (x.float() for x in (query, key, value))
-                own = nearest(q, centres)
-                out, lse = expand(q, k, v, centres, bias, own, shown.expand(len(q), -1), block, scale)
-                return out, lse
-            return _state(query, key, value, centres, bias, block, shown, scale)
+            if _fits(query, centres):
+                tensors = _for_compiled(query, key, value, centres, bias, own, shown, joins)
+                return expand(**tensors, block=block, scale=scale)
+            return _state(query, key, value, centres, bias, own, block, shown, joins, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, block, shown, scale = inputs
-        ctx.save_for_backward(*tensors, shown)
-        ctx.block, ctx.scale = block, scale
+        query, key, value, centres, bias, own, ctx.block, shown, joins, ctx.scale = inputs
+        ctx.save_for_backward(query, key, value, centres, bias, own, shown, joins)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, centres, bias, shown = ctx.saved_tensors
+        query, key, value, centres, bias, own, shown, joins = ctx.saved_tensors
+        given = (query, key, value)
+        if _fits(query, centres):
+            tensors = _for_compiled(*given, centres, bias, own, shown, joins)
+            found = expand_backward(upstream[0], upstream[1], **tensors, block=ctx.block, scale=ctx.scale)
+            grads = tuple(grad.to(x.dtype) for grad, x in zip(found, given, strict=True))
+            return *grads, *[None] * 7
         with torch.enable_grad(), exactly(centres.device):
-            given = [x.detach().requires_grad_() for x in inputs]
-            query, key, value = given
-            out, lse = _state(query, key, value, centres, bias, ctx.block, shown, ctx.scale)
+            given = tuple(x.detach().requires_grad_() for x in given)
+            out, lse = _state(*given, centres, bias, own, ctx.block, shown, joins, ctx.scale)
             grads = torch.autograd.grad((out, lse), given, upstream, allow_unused=True)
-        return *grads, None, None, None, None, None
+        return *grads, *[None] * 7
+
+
+def _for_compiled(
+    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, bias: Tensor, own: Tensor, shown: Tensor,
+    joins: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    q, k, v = (x.float() for x in (query, key, value))
+    more = {"centres": centres, "bias": bias, "own": own, "shown": shown.expand(len(q), -1), "joins": joins}
+    return {"query": q, "key": k, "value": v, **more}
 
 
 def _fits(query: Tensor, centres: Tensor) -> bool:
-    """Whether the compiled engine takes them: float32 arithmetic, whole vectors."""
-    return centres.dtype == torch.float32 and query.shape[-1] % WIDTH == 0
+    """Whether the compiled engine takes them: the CPU, float32 arithmetic, whole vectors."""
+    there = query.device.type == "cpu" and compiled.why_not() is None
+    return there and centres.dtype == torch.float32 and query.shape[-1] % WIDTH == 0
 
 
 def _state(
-    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, bias: Tensor, block: int, shown: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    centres: Tensor,
+    bias: Tensor,
+    own: Tensor,
+    block: int,
+    shown: Tensor,
+    joins: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same in torch, a run of blocks at a time; ``shown`` [B or 1, N] bool."""
+    """The cell in torch, a run of blocks at a time; ``shown`` [B or 1, N] bool, ``joins`` of :func:`sift`."""
     length, wide = query.shape[2], centres.dtype
     units = -(-length // block)
     # What a block sees as far ends two blocks before it: two empty blocks in front put it in the block's own place.
@@ -234,20 +389,22 @@ def _state(
     # A masked token may hold anything.
     keys, values = (shifted(x).masked_fill(~shown[..., None], 0.0) for x in (key, value))
     laid = F.pad(query.to(wide), (0, 0, 0, units * block - length)).unflatten(2, (units, block))
+    chosen = F.pad(own, (0, units * block - length)).unflatten(2, (units, block))
     repeat, outs, scores = query.shape[1] // key.shape[1], [], []
     for of_key in range(key.shape[1]):  # heads of one key head at a time: their sums stay in the cache
-        heads = slice(of_key * repeat, (of_key + 1) * repeat)
-        own = centres[heads]
-        carry = _nothing(laid.new_zeros(query.shape[0], repeat), own)
+        one, heads = slice(of_key, of_key + 1), slice(of_key * repeat, (of_key + 1) * repeat)
+        about = centres[heads]
+        carry = _nothing(laid.new_zeros(query.shape[0], repeat), about)
         out, score = [], []
         for start, stop in pairwise([*range(0, units, RUN), units]):
             run = slice(start, stop)
-            parts = moments_of(
-                keys[:, of_key : of_key + 1, run], values[:, of_key : of_key + 1, run], own, shown[:, :, run], scale
-            )
+            if joins is None:
+                parts = moments_of(keys[:, one, run], values[:, one, run], about, shown[:, :, run], scale)
+            else:
+                parts = _moments_of_listed(key[:, one], value[:, one], about, joins[:, heads, run], scale)
             found = _through(carry, parts)
             carry, far = found[-1], Moments(*(torch.stack(x, 2) for x in zip(*found, strict=True)))
-            of_run = _attend(laid[:, heads, run], far, own, bias[heads].to(wide), scale)
+            of_run = _attend(laid[:, heads, run], chosen[:, heads, run], far, about, bias[heads].to(wide), scale)
             out.append(of_run[0])
             score.append(of_run[1])
         outs.append(torch.cat(out, 2))
@@ -273,13 +430,15 @@ class ExpansionStream:
     """The same one step at a time: moments up to the ends of the last few blocks. 1-D and causal.
 
     A cache holds ``lse`` [B, H, R, C], ``key`` [B, H, R, C, D] and ``rows`` [B, H, R, C, D + 1, D]: place b % R has
-    those of all tokens before block b, sinks left out. R counts the blocks that can be asked for after tokens were
-    taken back.
+    those of all tokens before block b, sinks left out. Where centres keep tokens out of them it also holds their
+    numbers ``kept`` and ``scores``, [B, H, R, C, open]; what they are is read from all keys and values, which somebody
+    else has. R counts the blocks that can be asked for after tokens were taken back.
     """
 
     block: int
     sinks: int
     rewind: int = 0
+    open: int = 0
 
     @property
     def places(self) -> int:
@@ -291,30 +450,79 @@ class ExpansionStream:
         with torch.inference_mode(False):
             like = torch.zeros(batch, len(centres), self.places, dtype=compute_dtype(dtype), device=device)
             number, dim = centres.shape[1:]
-            return {
+            cache = {
                 "lse": like.new_full((*like.shape, number), -torch.inf),
                 "key": like.new_zeros(*like.shape, number, dim),
                 "rows": like.new_zeros(*like.shape, number, dim + 1, dim),
             }
+            if self.open:
+                kept = like.new_full((*like.shape, number, self.open), EMPTY, dtype=torch.int64)
+                cache |= {"kept": kept, "scores": torch.full(kept.shape, -torch.inf, device=device)}
+        return cache
 
     def fill(self, cache: Cache, key: Tensor, value: Tensor, centres: Tensor, scale: float) -> None:
         """A whole prefix [B, Hkv, N, D] into an empty cache."""
+        if not key.shape[2]:
+            return
         last = key.shape[2] // self.block
         first = max(0, last + 1 - self.places)
         carry, done = _nothing(cache["lse"][:, :, 0, 0], centres), 0
+        kept: Tensor | None = None
+        joins: Tensor | None = None
+        if self.open:
+            # What is before block b is what the queries of block b + 1 see.
+            whole = key[:, :, : last * self.block]
+            shown = (torch.arange(whole.shape[2], device=key.device) >= self.sinks)[None]
+            with exactly(key.device):
+                kept, joins = sift(whole, centres, shown, block=self.block, open=self.open, scale=scale, units=last + 2)
         while done < first:
             number = min(RUN, first - done)
-            carry = self._with(carry, key, value, centres, scale, done, number)
+            carry = self._with(carry, key, value, centres, scale, done, number, joins)
             done += number
         self._put(cache, first, carry)
         for number in range(first, last):
-            carry = self._with(carry, key, value, centres, scale, number)
+            carry = self._with(carry, key, value, centres, scale, number, 1, joins)
             self._put(cache, number + 1, carry)
+        if kept is not None:
+            for number in range(first, last + 1):
+                self._keep(cache, number, kept[:, :, number + 1], key, centres, scale)
 
-    def close(self, cache: Cache, number: int, key: Tensor, value: Tensor, centres: Tensor, scale: float) -> None:
-        """Adds block ``number``, [B, Hkv, block, D], once its last token is there."""
-        made = self._with(self._at(cache, number), key, value, centres, scale, 0, before=number * self.block)
-        self._put(cache, number + 1, made)
+    def close(
+        self, cache: Cache, number: int, key: Tensor, value: Tensor, centres: Tensor, scale: float, first: int = 0
+    ) -> None:
+        """Adds block ``number`` once its last token is there.
+
+        Keys and values [B, Hkv, N, D] are those from token ``first`` on: of all tokens, or, where centres keep none, of
+        the block at least.
+        """
+        joins = None
+        if self.open:
+            kept, joins = self._sifted(cache, number, key, centres, scale)
+            self._keep(cache, number + 1, kept, key, centres, scale)
+        carry = self._at(cache, number)
+        self._put(cache, number + 1, self._with(carry, key, value, centres, scale, number, 1, joins, first))
+
+    def _sifted(self, cache: Cache, number: int, key: Tensor, centres: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """What is kept [B, H, C, open] after block ``number``, and what joins the sums with it, [B, H, 1, C, M]."""
+        place = slice(number * self.block, (number + 1) * self.block)
+        with exactly(key.device):
+            index = torch.arange(place.start, place.stop, device=key.device)
+            fresh = _scores(key[:, :, place], centres, scale).masked_fill(index < self.sinks, -torch.inf)
+            tokens = index.where(index >= self.sinks, EMPTY).expand(fresh.shape)
+            at = number % self.places
+            kept, joins, _ = _kept_of(
+                torch.cat([cache["kept"][:, :, at], tokens], -1), torch.cat([cache["scores"][:, :, at], fresh], -1),
+                self.open, self.block,
+            )  # fmt: skip
+        return kept, joins[:, :, None]
+
+    def _keep(self, cache: Cache, number: int, kept: Tensor, key: Tensor, centres: Tensor, scale: float) -> None:
+        """Writes what is kept [B, H, C, open] of all before block ``number``."""
+        place = number % self.places
+        with exactly(key.device):
+            about = (centres * scale).float()[..., None]
+            scores = (_gathered(key, kept).float() @ about).squeeze(-1).masked_fill(kept < 0, -torch.inf)
+        cache["kept"][:, :, place], cache["scores"][:, :, place] = kept, scores
 
     def _at(self, cache: Cache, number: int) -> Moments:
         return Moments(*(cache[name][:, :, number % self.places].clone() for name in Moments._fields))
@@ -324,31 +532,70 @@ class ExpansionStream:
             cache[name][:, :, number % self.places] = x
 
     def _with(
-        self, carry: Moments, key: Tensor, value: Tensor, centres: Tensor, scale: float, first: int, number: int = 1,
-        before: int = 0,
+        self, carry: Moments, key: Tensor, value: Tensor, centres: Tensor, scale: float, first: int, number: int,
+        joins: Tensor | None, before: int = 0,
     ) -> Moments:  # fmt: skip
-        """The carry, and ``number`` blocks from ``first`` on of keys [B, Hkv, N, D] with ``before`` tokens in front."""
-        tokens = slice(first * self.block, (first + number) * self.block)
+        """The carry and ``number`` blocks from ``first`` on, of keys that ``before`` tokens are in front of.
+
+        ``joins`` are of these blocks or of all units.
+        """
+        tokens = slice(first * self.block - before, (first + number) * self.block - before)
         repeat, pieces = len(centres) // key.shape[1], []
         with exactly(key.device):
             index = torch.arange(tokens.start, tokens.stop, device=key.device) + before
             shown = (index >= self.sinks).view(1, 1, number, -1)
-            key, value = (x[:, :, tokens].unflatten(2, (number, -1)) for x in (key, value))
+            if joins is not None and joins.shape[2] > number:
+                joins = joins[:, :, first + 2 : first + number + 2]
             for of_key in range(key.shape[1]):
                 one, heads = slice(of_key, of_key + 1), slice(of_key * repeat, (of_key + 1) * repeat)
-                parts = moments_of(key[:, one], value[:, one], centres[heads].to(carry.lse.dtype), shown, scale)
+                about = centres[heads].to(carry.lse.dtype)
+                if joins is None:
+                    of_block, of_value = (x[:, one, tokens].unflatten(2, (number, -1)) for x in (key, value))
+                    parts = moments_of(of_block, of_value, about, shown, scale)
+                else:
+                    parts = _moments_of_listed(key[:, one], value[:, one], about, joins[:, heads], scale)
                 pieces.append(_through(carry.map(lambda x, heads=heads: x[:, heads]), parts)[-1])
         return Moments(*(torch.cat(x, 1) for x in zip(*pieces, strict=True)))
 
     def attend(
-        self, cache: Cache, query: Tensor, centres: Tensor, bias: Tensor, number: int, scale: float
+        self,
+        cache: Cache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        read: Tensor,
+        centres: Tensor,
+        bias: Tensor,
+        number: int,
+        scale: float,
     ) -> AttentionState:
-        """Of queries [B, H, T, D] that all lie in block ``number``."""
+        """Of queries [B, H, T, D] that all lie in block ``number``.
+
+        Where centres keep tokens, ``key`` and ``value`` [B, Hkv, N, D] have all of them, and ``read`` [H] says which
+        key head is whose.
+        """
         wide = cache["lse"].dtype
         with exactly(query.device):
             if number < 1:
                 lse = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
                 return AttentionState(query.new_zeros(query.shape, dtype=wide), lse)
-            far = Moments(*(cache[name][:, :, (number - 1) % self.places, None] for name in Moments._fields))
-            out, score = _attend(query[:, :, None].to(wide), far, centres.to(wide), bias.to(wide), scale)
-            return AttentionState(out[:, :, 0], score[:, :, 0])
+            place = (number - 1) % self.places
+            if query.shape[2] == 1 and _fits(query, centres) and key.dtype == query.dtype == wide == torch.float32:
+                sums = cache["lse"], cache["key"], cache["rows"]
+                kept = cache["kept"] if self.open else None
+                out, lse = compiled_step(query[:, :, 0], centres, bias, sums, kept, key, value, read, place, scale)
+                return AttentionState(out[:, :, None], lse[:, :, None])
+            far = Moments(*(cache[name][:, :, place, None] for name in Moments._fields))
+            query, centres = query.to(wide), centres.to(wide)
+            own = nearest(query, centres)
+            out, score = _attend(query[:, :, None], own[:, :, None], far, centres, bias.to(wide), scale)
+            cell = AttentionState(out[:, :, 0], score[:, :, 0])
+            if not self.open:
+                return cell
+            tokens = cache["kept"][:, :, place].gather(2, own[..., None].expand(-1, -1, -1, self.open))
+            row = torch.arange(len(query), device=query.device)[:, None, None, None]
+            rows = (x[row, read[:, None, None], tokens.clamp(min=0)].to(wide) for x in (key, value))
+            keys, values = rows  # [B, H, T, open, D]
+            scores = (keys @ query[..., None]).squeeze(-1) * scale
+            exact = state_from_scores(scores.masked_fill(tokens < 0, -torch.inf)[..., None, :], values)
+            return merge_states(cell, AttentionState(exact.out.squeeze(-2), exact.lse.squeeze(-1)))

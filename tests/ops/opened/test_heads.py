@@ -53,8 +53,8 @@ def test_steps_are_rows_of_a_prefill(
     elif compiled.why_not() is not None:
         pytest.skip(f"the compiled engine is not there: {compiled.why_not()}")
     groups = tuple((heads, ff.far.Pyramid(**{**vars(p), "sinks": sinks})) for heads, p in LAYERS[name].groups)
-    expansion = ff.far.Expansion.of((0, 3), (0.5, -1.0), torch.randn(2, 3, 6)) if expanded else None
-    far = ByHead(groups, sinks=sinks, expansion=expansion)
+    expansion = ff.far.Expansion.of((0, 3), (0.5, -1.0), torch.randn(2, 3, 6))
+    far = ByHead(groups, sinks=sinks, expansions=(expansion,) if expanded else ())
     layer = ff.Attention(36, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).eval()
     x = 2 * torch.randn(2, 83, 36)
     with torch.no_grad():

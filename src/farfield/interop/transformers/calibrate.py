@@ -8,7 +8,7 @@ in nats, as far as errors do not meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from farfield.far import Pyramid
+from farfield.interop.transformers.menu import Keeps, Setting
 from farfield.ops.expansion import nearest
 from farfield.ops.opened.choose import Bank, descend, make_bank
 from farfield.ops.opened.leaders import leaders_at
@@ -29,7 +30,7 @@ __all__ = [
     "window_errors",
 ]  # fmt: skip
 
-EACH = 4096
+EACH = 8192
 """Queries of a head, over all windows, that centres are found among."""
 
 _ROUNDS = 20
@@ -135,16 +136,16 @@ def sampled(length: int, number: int, generator: torch.Generator, start: int = 0
 def centres_of(
     model: Any,
     windows: Sequence[Tensor],
-    number: int,
+    numbers: Sequence[int],
     generator: torch.Generator,
     progress: Callable[[], None] | None = None,
-) -> Tensor:
-    """The centres of every head's queries, [layers, heads, number, D] float32.
+) -> dict[int, Tensor]:
+    """The centres of every head's queries, [layers, heads, C, D] float32 for every number C of them.
 
     Args:
         model: a causal language model.
         windows: token ids [N] each; queries from every part of every window are among those clustered.
-        number: centres of a head.
+        numbers: C, centres of a head.
         generator: draws where clusters begin.
         progress: called after each window.
     """
@@ -159,12 +160,13 @@ def centres_of(
             model.base_model(ids[None], use_cache=False)
         if progress is not None:
             progress()
-    return torch.stack(
-        [
-            torch.stack([clusters(of_head, number, generator) for of_head in torch.cat(seen[layer], 1)])
-            for layer in sorted(seen)
-        ]
-    )
+    every = [torch.cat(seen[layer], 1) for layer in sorted(seen)]
+    return {
+        number: torch.stack(
+            [torch.stack([clusters(of_head, number, generator) for of_head in of_layer]) for of_layer in every]
+        )
+        for number in numbers
+    }
 
 
 def clusters(points: Tensor, number: int, generator: torch.Generator) -> Tensor:
@@ -185,14 +187,14 @@ def clusters(points: Tensor, number: int, generator: torch.Generator) -> Tensor:
 def window_errors(
     model: Any,
     ids: Tensor,
-    menu: Sequence[Pyramid | None],
+    menu: Sequence[Setting],
     weight: Tensor,
     *,
     positions: Tensor,
     block: int,
     sinks: int,
     biases: Sequence[float | None] = (None,),
-    centres: Tensor | None = None,
+    centres: Mapping[int, Tensor] | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """The estimate of every setting, bias and head on one window, [settings, biases, layers, heads], nats per token.
@@ -206,8 +208,7 @@ def window_errors(
         weight: of :func:`fisher`.
         positions: [n] sampled queries.
         block, sinks: of the near field.
-        biases: of an expansion of everything far beside the setting; None for none.
-        centres: [layers, heads, C, D] of expansions; needed where there is a bias.
+        biases, centres: as in :func:`menu_errors`, centres of all layers.
         progress: called after each layer.
     """
     errors: dict[int, Tensor] = {}
@@ -215,7 +216,7 @@ def window_errors(
     def measure(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         errors[layer] = menu_errors(
             q[0], k[0], v[0], menu, weight[layer], positions=positions, block=block, sinks=sinks, scale=scale,
-            biases=biases, centres=None if centres is None else centres[layer].to(q.device),
+            biases=biases, centres={number: of[layer].to(q.device) for number, of in (centres or {}).items()},
         )  # fmt: skip
         if progress is not None:
             progress()
@@ -230,7 +231,7 @@ def menu_errors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    menu: Sequence[Pyramid | None],
+    menu: Sequence[Setting],
     weight: Tensor,
     *,
     positions: Tensor,
@@ -238,7 +239,7 @@ def menu_errors(
     sinks: int,
     scale: float,
     biases: Sequence[float | None] = (None,),
-    centres: Tensor | None = None,
+    centres: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """[settings, biases, heads] the estimate 0.5 mean(d' F d) over sampled queries of one layer.
 
@@ -249,64 +250,83 @@ def menu_errors(
         weight: [Hq, D, D] F of every head.
         positions: [n] sampled queries.
         block, sinks, scale: of the near field and of the scores.
-        biases: of an expansion of everything far beside the setting; None for none.
-        centres: [Hq, C, D] of the expansion; needed where there is a bias.
+        biases: of an expansion: of everything far, beside a pyramid or nothing, or of what its centres do not keep.
+            None for no expansion, which where centres keep tokens is no setting and has the error inf.
+        centres: for every number C of them [Hq, C, D]; the fewest are those of expansions beside pyramids.
     """
     heads, length = q.shape[:2]
     keys, values = (repeat_heads(x[None].float(), heads)[0] for x in (k, v))
     index = torch.arange(length, device=q.device)
-    scores = q[:, positions].float() * scale @ keys.mT
+    centres = centres or {}
+    if not centres and any(bias is not None for bias in biases):
+        raise ValueError(f"biases={biases} without centres: an expansion is about something; None would be accepted")
+    query = q[:, positions].float()
+    scores = query * scale @ keys.mT
     scores = scores.masked_fill(index > positions[:, None], -torch.inf)
     chances = scores.softmax(-1)  # [Hq, n, N]
     exact = chances @ values
-    if centres is None:
-        if any(bias is not None for bias in biases):
-            raise ValueError(
-                f"biases={biases} without centres: an expansion is about something; None would be accepted"
-            )
-        mass, other = scores.new_full(scores.shape[:-1], -torch.inf), torch.zeros_like(exact)
-    else:
-        # The expansion relative to all that exact attention sees: log mass without bias, and its value.
-        mass, other = _expanded(q[:, positions].float(), keys, values, centres, positions, block, sinks, scale)
-        mass, other = mass - scores.logsumexp(-1), other - exact
-    weighed = torch.einsum("hde,hne->hnd", weight.float(), other)
+    weight = weight.float()
     near = near_tokens(length, positions, block, sinks)
+    far = (index < ((positions // block - 1) * block)[:, None]) & (index >= sinks)
+    whole = scores.logsumexp(-1)
+    about = {number: _Centred(query, keys, values, of, far, scale) for number, of in centres.items()}
+    beside = about[min(about)].left(far.expand_as(scores)) if about else None
     banks: dict[Any, tuple[Tree, Bank] | None] = {}
     errors = []
     for setting in menu:
-        seen = near[None]
-        if setting is not None:
+        seen, cell = near[None], beside
+        if isinstance(setting, Keeps):
+            kept = about[setting.number].kept(setting.open)
+            seen, cell = seen | kept, about[setting.number].left(far & ~kept)
+        elif setting is not None:
             seen = seen | opened_tokens(q, k, setting, positions=positions, block=block, scale=scale, banks=banks)
         left = chances * seen
         total = left.sum(-1)
         lost = left @ values - total[..., None] * exact
-        # d = (lost + e other) / (total + e) for an expansion of mass e, so that three products give every bias.
-        plain = torch.einsum("hnd,hde,hne->hn", lost, weight.float(), lost)
+        # d = (lost + e other) / (total + e) for a cell of mass e, so that three products give every bias.
+        plain = torch.einsum("hnd,hde,hne->hn", lost, weight, lost)
+        mass, other = (whole.new_full(whole.shape, -torch.inf), torch.zeros_like(exact)) if cell is None else cell
+        mass, other = mass - whole, other - exact
+        weighed = torch.einsum("hde,hne->hnd", weight, other)
         cross, own = ((x * weighed).sum(-1) for x in (lost, other))
         row = []
         for bias in biases:
             e = torch.zeros_like(mass) if bias is None else (mass + bias).exp()
-            row.append(0.5 * ((plain + e * (2 * cross + e * own)) / (total + e).square()).mean(-1))
+            of_bias = (0.5 * (plain + e * (2 * cross + e * own)) / (total + e).square()).mean(-1)
+            row.append(torch.full_like(of_bias, torch.inf) if bias is None and isinstance(setting, Keeps) else of_bias)
         errors.append(torch.stack(row))
     return torch.stack(errors)
 
 
-def _expanded(
-    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, positions: Tensor, block: int, sinks: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """[H, n] score and [H, n, D] value of the expansion for queries [H, n, D], -inf and 0 where nothing is far.
+class _Centred:
+    """Far tokens about the nearest of some centres of each query, query by query: as farfield.ops.expansion does it.
 
-    Keys and values are [H, N, D]; the same as :func:`farfield.ops.expansion.expansion_state`, query by query.
+    Args:
+        query: [H, n, D].
+        key, value: [H, N, D].
+        centres: [H, C, D].
+        far: [n, N] bool.
+        scale: of the scores.
     """
-    own = centres.gather(1, nearest(query, centres)[..., None].expand_as(query))
-    index = torch.arange(key.shape[1], device=key.device)
-    far = (index < ((positions // block - 1) * block)[:, None]) & (index >= sinks)
-    scores = (own * scale @ key.mT).masked_fill(~far, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weight = (scores - lse[..., None]).exp().masked_fill(~far, 0.0)
-    x = (query - own) * scale
-    common = (x * (weight @ key)).sum(-1, keepdim=True)
-    return lse + common.squeeze(-1), (weight * (1 - common + x @ key.mT)) @ value
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, centres: Tensor, far: Tensor, scale: float) -> None:
+        own = centres.gather(1, nearest(query, centres)[..., None].expand_as(query))
+        self.value = value
+        self.along = (query - own) * scale @ key.mT
+        self.scores = (own * scale @ key.mT).masked_fill(~far, -torch.inf)  # [H, n, N]
+
+    def kept(self, number: int) -> Tensor:
+        """[H, n, N] bool: the far tokens with the largest scores at the centre."""
+        best = self.scores.topk(min(number, self.scores.shape[-1]), -1).indices
+        return torch.zeros_like(self.scores, dtype=torch.bool).scatter_(-1, best, True) & (self.scores > -torch.inf)
+
+    def left(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[H, n] score and [H, n, D] value of the cell of some tokens [H, n, N]; -inf and 0 where there are none."""
+        scores = self.scores.masked_fill(~tokens, -torch.inf)
+        lse = scores.logsumexp(-1)
+        weight = (scores - lse[..., None]).exp().masked_fill(~tokens, 0.0)
+        common = (weight * self.along).sum(-1, keepdim=True)
+        return lse + common.squeeze(-1), (weight * (1 - common + self.along)) @ self.value
 
 
 def near_tokens(length: int, positions: Tensor, block: int, sinks: int) -> Tensor:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farfield.far import Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.calibrate import centres_of, fisher, sampled, window_errors
 from farfield.interop.transformers.layers import group_of, pyramid_of
-from farfield.interop.transformers.menu import BLOCK, SINKS
+from farfield.interop.transformers.menu import BLOCK, SINKS, Keeps, Setting
 from farfield.interop.transformers.texts import repeating
 
-__all__ = ["BIASES", "RECALL", "Calibration", "Progress", "calibrate"]
+__all__ = ["BIASES", "RECALL", "Calibration", "Progress", "calibrate", "entry_of"]
 
 PIECE = 1024
 """Tokens of a piece on which gradients are taken."""
@@ -42,7 +41,8 @@ class Calibration:
     Attributes:
         errors: [kinds, settings, biases, layers, heads] float32, nats per token; of the kinds of text the first is
             plain, the second, where ``recall`` is above 0, ends that repeat.
-        centres: [layers, heads, C, D] float32, of expansions; C is 0 without.
+        centres: of expansions, [layers, heads, C, D] float32 for every number C of them; those beside pyramids have the
+            fewest. Empty without expansions.
         menu: the settings; None is the near field and the sinks alone.
         biases: of an expansion; None for none.
         length, block, sinks: tokens of a window, of a leaf block, and those that are always seen.
@@ -50,8 +50,8 @@ class Calibration:
     """
 
     errors: Tensor
-    centres: Tensor
-    menu: tuple[Pyramid | None, ...]
+    centres: dict[int, Tensor]
+    menu: tuple[Setting, ...]
     biases: tuple[float | None, ...]
     length: int
     block: int
@@ -63,21 +63,26 @@ class Calibration:
     seed: int
 
     @property
-    def effort(self) -> dict[str, int]:
+    def effort(self) -> dict[str, Any]:
         """What the estimate rests on."""
         told = {name: getattr(self, name) for name in ("windows", "recall", "queries", "pieces", "seed")}
-        return {**told, "centres": self.centres.shape[2]}
+        return {**told, "centres": sorted(self.centres)}
+
+    @property
+    def width(self) -> int:
+        """D, of a head; 0 where there are no centres to know it from."""
+        return next((x.shape[-1] for x in self.centres.values()), 0)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
         about = {name: x for name, x in asdict(self).items() if name not in ("errors", "centres", "menu")}
-        about["menu"] = [None if p is None else group_of([], p) for p in self.menu]
+        about["menu"] = [entry_of(p) for p in self.menu]
         target = Path(path)
         part = target.with_name(f"{target.name}.part")
         save_file(
-            {"errors": self.errors.contiguous(), "centres": self.centres.contiguous()},
+            {"errors": self.errors.contiguous(), **{f"centres {n}": x.contiguous() for n, x in self.centres.items()}},
             part,
             metadata={_KIND: json.dumps(about)},
         )
@@ -98,18 +103,22 @@ class Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})[_KIND])
-                if "centres" not in file.keys():  # noqa: SIM118 (it is no dict)
+                names = [name for name in file.keys() if name.startswith("centres")]  # noqa: SIM118 (it is no dict)
+                if "biases" not in about or "centres" in names:
                     raise ValueError("made by an earlier version; convert again from text")
-                errors, centres = file.get_tensor("errors"), file.get_tensor("centres")
-            menu = tuple(None if entry is None else pyramid_of(entry, about["sinks"])[1] for entry in about.pop("menu"))
+                errors = file.get_tensor("errors")
+                centres = {int(name.split()[1]): file.get_tensor(name) for name in names}
+            menu = tuple(_setting_of(entry, about["sinks"]) for entry in about.pop("menu"))
             made = Calibration(errors=errors, centres=centres, menu=menu, **{**about, "biases": tuple(about["biases"])})
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no calibration: {error}") from error
         kinds = 2 if made.recall else 1
         fits = errors.dim() == 5 and errors.shape[:3] == (kinds, len(made.menu), len(made.biases))
-        if not fits or centres.dim() != 4 or centres.shape[:2] != errors.shape[3:]:
+        of_heads = [x.dim() == 4 and x.shape[:3] == (*errors.shape[3:], n) for n, x in centres.items()]
+        if not fits or not all(of_heads):
+            given = ", ".join(f"{list(x.shape)} for {n}" for n, x in centres.items())
             raise ValueError(
-                f"{path} is no calibration: errors {list(errors.shape)} and centres {list(centres.shape)} of {kinds} "
+                f"{path} is no calibration: errors {list(errors.shape)} and centres {given or 'none'}, of {kinds} "
                 f"kinds of text, {len(made.menu)} settings and {len(made.biases)} biases"
             )
         return made
@@ -121,15 +130,28 @@ class Calibration:
         return torch.lerp(self.errors[0], self.errors[1], recall)
 
 
+def entry_of(setting: Setting) -> dict[str, Any] | None:
+    """A setting as JSON can say it."""
+    if setting is None:
+        return None
+    return asdict(setting) if isinstance(setting, Keeps) else group_of([], setting)
+
+
+def _setting_of(entry: dict[str, Any] | None, sinks: int) -> Setting:
+    if entry is None:
+        return None
+    return Keeps(**entry) if "number" in entry else pyramid_of(entry, sinks)[1]
+
+
 def calibrate(
     model: Any,
     windows: Sequence[Tensor],
     *,
-    menu: Sequence[Pyramid | None],
+    menu: Sequence[Setting],
     biases: Sequence[float | None] = BIASES,
     block: int = BLOCK,
     sinks: int = SINKS,
-    centres: int = 0,
+    centres: Sequence[int] = (),
     recall: int = RECALL,
     queries: int = 64,
     pieces: int = 4,
@@ -148,7 +170,9 @@ def calibrate(
         menu: settings with ``sinks``; None is the near field and the sinks alone.
         biases: of an expansion; None for none.
         block, sinks: of the near field.
-        centres: of a head, found among its queries in these windows; 0 for no expansions.
+        centres: how many a head has, found among its queries in these windows: numbers for expansions that keep tokens
+            (those of the menu have to be among them), the least of them also for expansions beside other settings.
+            Empty for no expansions.
         recall: how many of the windows come again so, at most all.
         queries: sampled in each window.
         pieces: of :data:`PIECE` tokens, for the gradients.
@@ -162,7 +186,11 @@ def calibrate(
     length = _common_length(windows, block)
     if None not in biases:
         raise ValueError(f"biases={tuple(biases)}: None, for no expansion, has to be among them")
-    biases = tuple(biases) if centres else (None,)
+    numbers = sorted(set(centres))
+    missing = sorted({p.number for p in menu if isinstance(p, Keeps)} - set(numbers))
+    if missing or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise ValueError(f"centres={tuple(centres)}: numbers >= 1 would be accepted, those of the menu among them")
+    biases = tuple(biases) if numbers else (None,)
     layers = len(cores.attention_layers(model))
     device = next(model.parameters()).device
     done = {"gradients": 0, "centres": 0, "settings": 0}
@@ -181,14 +209,15 @@ def calibrate(
     starts = [round(i / max(1, pieces - 1) * (length - size)) for i in range(pieces)]
     short = [ids[start : start + size].to(device) for ids, start in zip(chosen, starts, strict=True)]
     weight = fisher(model, short, generator, lambda: step("gradients"))
-    places = weight.new_zeros(*weight.shape[:2], 0, weight.shape[-1])
-    if centres:
+    places: dict[int, Tensor] = {}
+    if numbers:
         given = [ids.to(device) for ids in windows]
         # In the precision that a config keeps them in.
         apart = torch.Generator().manual_seed(seed)  # what else is drawn does not hang on whether there are centres
-        places = centres_of(model, given, centres, apart, lambda: step("centres")).half().float()
-        if not places.isfinite().all():
-            raise ValueError("queries beyond the range of float16 have no centres; centres=0 would be accepted")
+        found = centres_of(model, given, numbers, apart, lambda: step("centres"))
+        places = {number: x.half().float() for number, x in found.items()}
+        if not all(x.isfinite().all() for x in places.values()):
+            raise ValueError("queries beyond the range of float16 have no centres; centres=() would be accepted")
     # From the last on: of several texts each has its share where there are several windows of each.
     again = [repeating(windows[-1 - i * len(windows) // recall], generator) for i in range(recall)]
     parts = []
@@ -198,13 +227,14 @@ def calibrate(
             positions = sampled(length, queries, generator, start).to(device)
             part = window_errors(
                 model, ids.to(device), menu, weight, positions=positions, block=block, sinks=sinks, biases=biases,
-                centres=places if centres else None, progress=lambda: step("settings"),
+                centres=places, progress=lambda: step("settings"),
             )  # fmt: skip
             total = total + part.cpu()
         parts += [total / len(some)] if some else []
     return Calibration(
-        errors=torch.stack(parts), centres=places.cpu(), menu=tuple(menu), biases=biases, length=length, block=block,
-        sinks=sinks, windows=len(windows), recall=recall, queries=queries, pieces=pieces, seed=seed,
+        errors=torch.stack(parts), centres={n: x.cpu() for n, x in places.items()}, menu=tuple(menu), biases=biases,
+        length=length, block=block, sinks=sinks, windows=len(windows), recall=recall, queries=queries, pieces=pieces,
+        seed=seed,
     )  # fmt: skip
 
 

@@ -15,11 +15,11 @@ from farfield import __version__
 from farfield.far import Expansion, Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.budget import allocate
-from farfield.interop.transformers.calibration import BIASES, RECALL, Calibration, Progress, calibrate
-from farfield.interop.transformers.keys import context, expansion_keys, keys_of, near_keys
+from farfield.interop.transformers.calibration import BIASES, RECALL, Calibration, Progress, calibrate, entry_of
+from farfield.interop.transformers.keys import context, expansion_keys
 from farfield.interop.transformers.layers import CONVERTED, group_of
 from farfield.interop.transformers.loading import configure
-from farfield.interop.transformers.menu import BLOCK, SINKS, menu_for
+from farfield.interop.transformers.menu import BLOCK, SINKS, Keeps, Setting, keys_of_setting, menu_for
 
 __all__ = ["Conversion", "Progress", "convert", "save"]
 
@@ -51,10 +51,10 @@ def convert(
     error: float | None = None,
     dense_layers: Sequence[int] = (),
     max_share: int | None = None,
-    menu: Sequence[Pyramid | None] | None = None,
+    menu: Sequence[Setting] | None = None,
     block: int = BLOCK,
     sinks: int = SINKS,
-    centres: int = 0,
+    centres: Sequence[int] = (),
     recall_weight: float = 0.5,
     recall: int = RECALL,
     queries: int = 64,
@@ -75,8 +75,9 @@ def convert(
         dense_layers: layers that stay exact; they count as a whole context each.
         max_share: leave out settings whose choice more queries share; with 1 those that hang on earlier queries at all,
             so that the model can be decoded with a cache.
-        centres: offer every setting also with everything far in one more cell, expanded about so many centres of each
-            head's queries (:class:`farfield.far.Expansion`); 0 for no expansions. With a calibration, its number, or 0.
+        centres: offer expansions about so many centres of each head's queries (:class:`farfield.far.Expansion`): those
+            that keep tokens as settings of their own, and, about the fewest, one of everything far beside every other
+            setting. Empty for no expansions. With a calibration, some of its numbers.
         recall_weight: how much errors in ends that repeat what stood far before count, beside plain text, of 1.
 
     Returns:
@@ -86,6 +87,7 @@ def convert(
         ValueError: when the model cannot be converted so, or no choice keeps the budget or the bound.
     """
     _check_target(keys, error)
+    numbers = sorted(set(centres))
     if not 0 <= recall_weight <= 1:
         raise ValueError(f"recall_weight={recall_weight}: a share from 0 to 1 would be accepted")
     shape = _heads(model)
@@ -94,11 +96,11 @@ def convert(
     if any(not 0 <= layer < number for layer in dense):
         raise ValueError(f"dense layers {dense}: the model has layers 0 to {number - 1}")
     if calibration is None:
-        chosen = menu_for(max(map(len, windows), default=0)) if menu is None else menu
-        with_sinks = [p if p is None else replace(p, sinks=sinks) for p in chosen]
+        chosen = menu_for(max(map(len, windows), default=0), numbers) if menu is None else menu
+        with_sinks = [replace(p, sinks=sinks) if isinstance(p, Pyramid) else p for p in chosen]
         offered = [p for p in with_sinks if _allowed(p, max_share)]
         calibration = calibrate(
-            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, centres=centres,
+            model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, centres=numbers,
             recall=recall, queries=queries, pieces=pieces, seed=seed, progress=progress,
         )  # fmt: skip
     if calibration.errors.shape[3:] != shape:
@@ -106,42 +108,34 @@ def convert(
             f"the calibration is of {list(calibration.errors.shape[3:])} layers and heads, the model has {list(shape)}"
         )
     made = calibration
-    if centres not in (0, made.centres.shape[2]):
+    if not set(numbers) <= set(made.centres):
+        known = ", ".join(map(str, sorted(made.centres))) or "no"
         raise ValueError(
-            f"centres={centres}: the calibration has {made.centres.shape[2]} centres for each head; that number, or 0, "
-            "would be accepted"
+            f"centres={tuple(centres)}: the calibration has {known} centres for each head; some of these numbers, or "
+            "none, would be accepted"
         )
     length, block, sinks = made.length, made.block, made.sinks
-    few = [i for i, p in enumerate(made.menu) if _allowed(p, max_share)]
-    kept = [made.menu[i] for i in few]
-    by_bias = made.weighed(recall_weight)[few]
+    offers = _offers(made, numbers, max_share)
+    by_bias = made.weighed(recall_weight)
     plain = made.biases.index(None)
-    biases = [i for i, bias in enumerate(made.biases) if bias is not None and centres]
-    near = near_keys(length, block, sinks)
+    biases = [i for i, bias in enumerate(made.biases) if bias is not None]
+    # Beside every setting the bias that suits the head.
+    better, best = by_bias[:, biases].min(1) if biases else (by_bias[:, plain], None)
+    errors = torch.stack([better[o.place] if o.expansion else by_bias[o.place, plain] for o in offers])
     read, vectors = (
-        torch.tensor([near + (keys_of(p, length, block, bounds) if p else 0.0) for p in kept]) for bounds in (1, 2)
+        torch.tensor([o.keys(length, block, sinks, made.width, bounds) for o in offers]) for bounds in (1, 2)
     )
-    errors = by_bias[:, plain]
-    if biases:
-        # Every setting once more, with the bias that suits the head.
-        better, best = by_bias[:, biases].min(1)
-        more = [expansion_keys(made.centres.shape[2], made.centres.shape[3], bounds) for bounds in (1, 2)]
-        errors = torch.cat([errors, better])
-        read, vectors = (torch.cat([x, x + n]) for x, n in zip((read, vectors), more, strict=True))
     budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()))
     free = [layer for layer in range(number) if layer not in dense]
     choice = torch.full(errors.shape[1:], -1, dtype=torch.long)
     if free:
         choice[free] = allocate(errors[:, free], read, budget=budget, bound=error)
-    expanded = choice >= len(kept)
-    options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, kept, dense)}
-    if expanded.any():
+    options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, offers, dense)}
+    if best is not None and any(offers[i].expansion for i in set(choice.flatten().tolist()) if i >= 0):
         chosen_bias = torch.tensor([made.biases[i] for i in biases])[best]  # [settings, layers, heads]
         options["expansions"] = [
-            _expansion(row, own, bias, of_layer)
-            for row, own, bias, of_layer in zip(
-                expanded, choice % len(kept), chosen_bias.unbind(1), made.centres, strict=True
-            )
+            _expansions(row, offers, chosen_bias[:, layer], {n: x[layer] for n, x in made.centres.items()})
+            for layer, row in enumerate(choice.tolist())
         ]
     spent = read[choice.clamp(min=0)]
     report = {
@@ -157,17 +151,43 @@ def convert(
         "vectors": float(_shares(choice, spent + (vectors - read)[choice.clamp(min=0)], context(length)).mean()),
         "menu": [
             {
-                "setting": None if p is None else _setting(p), "expansion": expansion, "keys": k / context(length),
+                "setting": _named(o.setting), "expansion": o.expansion, "keys": k / context(length),
                 "error": float(e.sum()),
             }
-            for (expansion, p), k, e in zip(
-                ((more, p) for more in (False, True)[: 2 if biases else 1] for p in kept), read.tolist(), errors,
-                strict=True,
-            )
+            for o, k, e in zip(offers, read.tolist(), errors, strict=True)
         ],
     }  # fmt: skip
     configure(model, CONVERTED, **options)
     return Conversion(options, report, made)
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a head can be given: a setting of the menu, at ``place`` there, alone or with an expansion.
+
+    Beside a pyramid, or nothing, it is one of ``number`` centres; that of a setting that keeps tokens is its own.
+    """
+
+    place: int
+    setting: Setting
+    expansion: bool
+    number: int = 0
+
+    def keys(self, length: int, block: int, sinks: int, dim: int, bounds: int) -> float:
+        """Mean keys read, see :mod:`farfield.interop.transformers.keys`."""
+        own = keys_of_setting(self.setting, length, block, sinks, dim, bounds)
+        return own + (expansion_keys(self.number, dim, bounds) if self.number else 0.0)
+
+
+def _offers(made: Calibration, numbers: Sequence[int], max_share: int | None) -> list[_Offer]:
+    """The settings of a calibration that are asked for, first without, then with expansions."""
+    few = [(i, p) for i, p in enumerate(made.menu) if _allowed(p, max_share)]
+    others = [(i, p) for i, p in few if not isinstance(p, Keeps)]
+    offers = [_Offer(i, p, False) for i, p in others]
+    fewest = min(made.centres, default=0)
+    if fewest in numbers:
+        offers += [_Offer(i, p, True, fewest) for i, p in others]
+    return offers + [_Offer(i, p, True) for i, p in few if isinstance(p, Keeps) and p.number in numbers]
 
 
 def _heads(model: Any) -> tuple[int, int]:
@@ -202,13 +222,15 @@ def _check_target(keys: float | None, error: float | None) -> None:
         raise ValueError(f"error={error}: a divergence > 0 in nats per token, such as 0.02, would be accepted")
 
 
-def _allowed(pyramid: Pyramid | None, max_share: int | None) -> bool:
+def _allowed(setting: Setting, max_share: int | None) -> bool:
     """Whether no more queries than that share its choice; with 1, whether it needs no queries but its own."""
-    if pyramid is None or max_share is None:
+    if setting is None or max_share is None:
         return True
+    if isinstance(setting, Keeps):
+        return max_share > 1  # its sums run along the sequence: a cache of keys and values is not enough
     if max_share == 1:
-        return not pyramid.needs_queries
-    return pyramid.way[1] <= max_share
+        return not setting.needs_queries
+    return setting.way[1] <= max_share
 
 
 def _left(keys: float, whole: float, layers: int, dense: int, least: float) -> float:
@@ -223,40 +245,47 @@ def _left(keys: float, whole: float, layers: int, dense: int, least: float) -> f
     return left
 
 
-def _entries(choice: Tensor, menu: Sequence[Pyramid | None], dense: Sequence[int]) -> list[Any]:
-    """The settings of every layer, as the config holds them; numbers beyond the menu's are those with an expansion."""
+def _entries(choice: Tensor, offers: Sequence[_Offer], dense: Sequence[int]) -> list[Any]:
+    """The pyramids of every layer, as the config holds them."""
     entries: list[Any] = []
-    for layer, row in enumerate((choice % len(menu)).tolist()):
+    for layer, row in enumerate(choice.tolist()):
         if layer in dense:
             entries.append("dense")
             continue
-        groups = []
-        for number in sorted(set(row)):
-            pyramid = menu[number]
-            if pyramid is not None:
-                groups.append(group_of([head for head, own in enumerate(row) if own == number], pyramid))
-        entries.append(groups)
+        settings = [offers[number].setting for number in row]
+        pyramids = dict.fromkeys(p for p in settings if isinstance(p, Pyramid))
+        entries.append([group_of([h for h, own in enumerate(settings) if own == p], p) for p in pyramids])
     return entries
 
 
-def _expansion(expanded: Tensor, choice: Tensor, bias: Tensor, centres: Tensor) -> dict[str, Any] | None:
-    """The expansion of a layer, as the config holds it.
+def _expansions(
+    row: Sequence[int], offers: Sequence[_Offer], bias: Tensor, centres: dict[int, Tensor]
+) -> list[dict[str, Any]]:
+    """The expansions of a layer, as the config holds them.
 
     Args:
-        expanded: [heads] bool, which have one.
-        choice: [heads] numbers of settings.
+        row: [heads] numbers of offers; -1 for a layer that stays exact.
         bias: [settings, heads] of the expansion beside each setting.
-        centres: [heads, C, D].
+        centres: [heads, C, D] for every number C of them.
     """
-    heads = expanded.nonzero()[:, 0]
-    if not len(heads):
-        return None
-    made = Expansion.of(tuple(heads.tolist()), tuple(bias[choice[heads], heads].tolist()), centres[heads])
-    return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(made).items()}
+    alike: dict[tuple[int, int], list[int]] = {}
+    for head, number in enumerate(row):
+        offer = offers[number] if number >= 0 else None
+        if offer is not None and offer.expansion:
+            own = offer.setting if isinstance(offer.setting, Keeps) else Keeps(offer.number, 0)
+            alike.setdefault((own.number, own.open), []).append(head)
+    made = [
+        Expansion.of(
+            tuple(heads), tuple(float(bias[offers[row[h]].place, h]) for h in heads), centres[number][heads], open
+        )
+        for (number, open), heads in alike.items()
+    ]
+    return [{name: list(x) if isinstance(x, tuple) else x for name, x in asdict(one).items()} for one in made]
 
 
-def _setting(pyramid: Pyramid) -> dict[str, Any]:
-    return {name: value for name, value in group_of([], pyramid).items() if name != "heads"}
+def _named(setting: Setting) -> dict[str, Any] | None:
+    entry = entry_of(setting)
+    return None if entry is None else {name: value for name, value in entry.items() if name != "heads"}
 
 
 def _shares(choice: Tensor, spent: Tensor, whole: float) -> Tensor:

@@ -35,14 +35,18 @@ def near_keys(length: int, block: int, sinks: int) -> float:
     return float((index - start + 1 + np.minimum(sinks, start)).mean())
 
 
-def expansion_keys(number: int, dim: int, bounds: int = 1) -> float:
+def expansion_keys(
+    number: int, dim: int, bounds: int = 1, *, open: int = 0, length: int = 0, block: int = 64, sinks: int = 0
+) -> float:
     """What an expansion about one of ``number`` centres reads per query.
 
     Every token is scored by every centre once, which is ``number`` for each query, as there are as many of both; and a
-    query scores the centres to find its own, and one cell. Where vectors are counted (``bounds=2``), so are the sums: a
-    matrix of D by D numbers for every centre and one more to answer from, D / 2 keys with their values each.
+    query scores the centres to find its own, one cell, and the ``open`` tokens that its centre keeps, or all that are
+    far where they are fewer. Where vectors are counted (``bounds=2``), so are the sums: a matrix of D by D numbers for
+    every centre and one more to answer from, D / 2 keys with their values each.
     """
-    return 2 * number + 1 + ((number + 1) * dim / 2 if bounds > 1 else 0)
+    kept = np.minimum(open, np.maximum(_start(np.arange(length), block) - sinks, 0)).mean() if open else 0.0
+    return float(2 * number + 1 + kept + ((number + 1) * dim / 2 if bounds > 1 else 0))
 
 
 def keys_of(pyramid: Pyramid, length: int, block: int, bounds: int = 1) -> float:
@@ -112,9 +116,10 @@ def keys_by_head(parts: Parts, heads: int, length: int, bounds: int = 1) -> Numb
     counted = np.full(heads, near_keys(length, block, sinks))
     for of_group, pyramid in groups:
         counted[list(of_group)] += keys_of(pyramid, length, block, bounds)
-    expansion = parts.far.expansion if isinstance(parts.far, ByHead) else None
-    if expansion is not None:
-        counted[list(expansion.heads)] += expansion_keys(expansion.number, expansion.width, bounds)
+    for x in parts.far.expansions if isinstance(parts.far, ByHead) else ():
+        counted[list(x.heads)] += expansion_keys(
+            x.number, x.width, bounds, open=x.open, length=length, block=block, sinks=sinks
+        )
     return counted
 
 
@@ -135,7 +140,9 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
     groups, sinks = _groups(parts.far, heads)
     opened = [(h * kv_heads // heads, p) for of_group, p in groups if p.open for h in of_group]
     plain = [(h * kv_heads // heads, p) for of_group, p in groups if not p.open for h in of_group]
-    total = 2 * kv_heads * (length if opened else min(length, sinks + 2 * block))
+    expansions = parts.far.expansions if isinstance(parts.far, ByHead) else ()
+    every = bool(opened) or any(x.open for x in expansions)
+    total = 2 * kv_heads * (length if every else min(length, sinks + 2 * block))
     scored = set()
     for head, p in opened:
         sides = {block // _integer(p.rank, "rank")} | (set() if p.page is None else {_integer(p.page, "page")})
@@ -145,10 +152,10 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
         shape = geometry((length,), (block,), (_integer(p.rank, "rank"),), p.levels)
         groups_seen = sum(shape.far_list(level, True).shape[1] for level in range(1, shape.levels + 1))
         total += 2 * groups_seen * shape.rank[0]
-    if isinstance(parts.far, ByHead) and parts.far.expansion is not None:
-        expansion = parts.far.expansion
-        of_centre = expansion.width + 2  # k v' row by row, the mean value, the mean key
-        total += len(expansion.heads) * expansion.number * of_centre * ExpansionStream(block, sinks).places
+    for x in expansions:
+        # k v' row by row, the mean value, the mean key; numbers and scores of tokens kept are three times four bytes.
+        of_centre = x.width + 2 + 3 * x.open / x.width
+        total += round(len(x.heads) * x.number * of_centre * ExpansionStream(block, sinks).places)
     return total
 
 

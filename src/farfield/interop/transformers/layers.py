@@ -2,9 +2,9 @@
 
 ``config.farfield`` is then ``{"recipe": "converted", "options": {"block": 64, "sinks": 16, "layers": [...]}}`` with one
 entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads in no group see
-the near field and the sinks only. ``"expansions"``, where it is there, has one entry per layer too: the fields of
-:class:`farfield.far.Expansion`, ``{"heads": [..], "bias": [..], "number": 8, "centres": "<base64>"}``, null for a layer
-without. No group has parameters, so that plain ``from_pretrained`` reads such a model.
+the near field and the sinks only. ``"expansions"``, where it is there, has one entry per layer too: a list of the
+fields of each :class:`farfield.far.Expansion`, ``{"heads": [..], "bias": [..], "number": 8, "centres": "<base64>",
+"open": 0}``. No group has parameters, so that plain ``from_pretrained`` reads such a model.
 """
 
 from __future__ import annotations
@@ -93,12 +93,14 @@ def setting_of_layer(options: dict[str, Any], layer: int) -> dict[str, Any]:
         raise ValueError(f"the model has a layer {layer}, and settings for {len(entries)} layers only")
     entry = entries[layer]
     groups = entry if isinstance(entry, str) else tuple(tuple(_frozen(group).items()) for group in entry)
-    expansion = (options.get("expansions") or [None] * len(entries))[layer]
+    expansions = (options.get("expansions") or [[]] * len(entries))[layer]
+    if not isinstance(expansions, list | tuple):
+        raise TypeError(f"expansions of a layer are {type(expansions).__name__}: a list of them would be accepted")
     return {
         "block": options.get("block", 64),
         "sinks": options.get("sinks", 16),
         "groups": groups,
-        "expansion": None if expansion is None else tuple(_frozen(expansion).items()),
+        "expansions": tuple(tuple(_frozen(expansion).items()) for expansion in expansions),
     }
 
 
@@ -124,16 +126,14 @@ def _expansion_of(given: dict[str, Any]) -> Expansion:
     return Expansion(**given)
 
 
-def layer_parts(
-    block: int, sinks: int, groups: str | tuple[Any, ...], expansion: tuple[Any, ...] | None = None
-) -> Parts:
+def layer_parts(block: int, sinks: int, groups: str | tuple[Any, ...], expansions: tuple[Any, ...] = ()) -> Parts:
     """The parts of one layer.
 
     Args:
         block: tokens of a leaf block.
         sinks: leading tokens that are always seen.
         groups: "dense", or for every group the items of its settings.
-        expansion: the items of a :class:`farfield.far.Expansion`, None for none.
+        expansions: the items of every :class:`farfield.far.Expansion`.
 
     Raises:
         ValueError, TypeError: for settings that make no sense, with the reason.
@@ -141,9 +141,9 @@ def layer_parts(
     if isinstance(groups, str):
         if groups != "dense":
             raise ValueError(f"settings of a layer are {groups!r}: 'dense' or a list of groups would be accepted")
-        if expansion is not None:
-            raise ValueError("a dense layer with an expansion: nothing is far there; null is needed")
+        if expansions:
+            raise ValueError("a dense layer with expansions: nothing is far there; an empty list is needed")
         return Parts(near=Dense(), far=None, merge="softmax")
     made = [pyramid_of(dict(items), sinks) for items in groups]
-    far = ByHead(tuple(made), sinks=sinks, expansion=None if expansion is None else _expansion_of(dict(expansion)))
+    far = ByHead(tuple(made), sinks=sinks, expansions=tuple(_expansion_of(dict(items)) for items in expansions))
     return Parts(near=Blocks(block), far=far, merge="softmax")

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from farfield.far import Pyramid
-from farfield.interop.transformers.keys import context, keys_of, near_keys
+from farfield.interop.transformers.keys import context, expansion_keys, keys_of, near_keys
 
-__all__ = ["BLOCK", "MENU", "RECENT", "SINKS", "menu_for", "setting"]
+__all__ = ["BLOCK", "KEEPS", "MENU", "RECENT", "SINKS", "Keeps", "Setting", "keys_of_setting", "menu_for", "setting"]
 
 BLOCK, SINKS, RECENT = 64, 4, 32
+
+KEEPS = (16, 32, 64, 128, 192, 320)
+"""Tokens that a centre of an expansion keeps out of it."""
+
+
+@dataclass(frozen=True)
+class Keeps:
+    """A far field that is an expansion alone: about ``number`` centres, each of which keeps ``open`` tokens out of it.
+
+    :class:`farfield.far.Expansion` is the same of some heads, with their centres.
+    """
+
+    number: int
+    open: int
+
+
+Setting = Pyramid | Keeps | None
+"""What a head can be given as its far field; None: nothing."""
 
 
 def setting(
@@ -73,7 +92,28 @@ MENU: tuple[Pyramid | None, ...] = (
 """For blocks of 64 and contexts of thousands of tokens. None: near field and sinks alone."""
 
 
-def menu_for(length: int) -> tuple[Pyramid | None, ...]:
-    """The settings that make sense at a context of ``length`` tokens: those that read less than exact attention."""
-    most = context(length) - near_keys(length, BLOCK, SINKS)
-    return tuple(p for p in MENU if p is None or keys_of(p, length, BLOCK) < most)
+def menu_for(length: int, centres: Sequence[int] = ()) -> tuple[Setting, ...]:
+    """The settings that make sense at a context of ``length`` tokens: those that read less than exact attention.
+
+    Args:
+        length: tokens of the context.
+        centres: numbers of centres of expansions that are offered with tokens kept out of them.
+    """
+    most = context(length)
+    kept = [Keeps(number, open) for number in centres for open in KEEPS]
+    return tuple(p for p in (*MENU, *kept) if p is None or keys_of_setting(p, length, BLOCK, SINKS) < most)
+
+
+def keys_of_setting(setting: Setting, length: int, block: int, sinks: int, dim: int = 0, bounds: int = 1) -> float:
+    """Mean keys that a causal query of a head reads, near field and sinks among them; see :func:`keys_of`.
+
+    ``dim`` is the width of a head, which counts where vectors are counted (``bounds=2``).
+    """
+    near = near_keys(length, block, sinks)
+    if setting is None:
+        return near
+    if isinstance(setting, Keeps):
+        return near + expansion_keys(
+            setting.number, dim, bounds, open=setting.open, length=length, block=block, sinks=sinks
+        )
+    return near + keys_of(setting, length, block, bounds)

@@ -1,4 +1,4 @@
-"""Everything far in one cell, compiled: see :mod:`farfield.ops.expansion`."""
+"""Everything far in one cell, and the tokens kept out of it, compiled: see :mod:`farfield.ops.expansion`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from farfield.ops.compiled.build import check, library
 from farfield.ops.compiled.tiles import pointer
 
-__all__ = ["Expansion", "expand"]
+__all__ = ["Expansion", "ExpansionStep", "Sift", "expand", "expand_backward", "sift", "step"]
 
 
 class Expansion(ctypes.Structure):
@@ -19,14 +19,77 @@ class Expansion(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("query", "key", "value", "centres", "bias", "own", "shown", "out", "lse")
+            for name in (
+                "query", "key", "value", "centres", "bias", "own", "shown", "joins", "out", "lse", "grad_out",
+                "grad_lse", "grad_query", "grad_key", "grad_value",
+            )
         ),
         *(
             (name, ctypes.c_int64)
-            for name in ("batch", "heads", "shared", "length", "dim", "number", "block", "threads")
+            for name in ("batch", "heads", "shared", "length", "dim", "number", "block", "parts", "threads")
+        ),
+        ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class Sift(ctypes.Structure):
+    """``struct Sift`` of the library."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("key", "centres", "shown", "kept", "joins")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "heads", "shared", "length", "dim", "number", "block", "open", "units", "threads")
         ),
         ("scale", ctypes.c_float),
     )
+
+
+class ExpansionStep(ctypes.Structure):
+    """``struct ExpansionStep`` of the library."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "query", "centres", "bias", "of_lse", "of_key", "of_rows", "kept", "keys", "values", "read", "out",
+                "lse",
+            )
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "batch", "heads", "number", "dim", "places", "place", "open", "shared", "room", "threads",
+            )
+        ),
+        ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class _Prepared:
+    """A call as the library takes it; holds on to the tensors whose addresses it contains."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        centres: Tensor,
+        bias: Tensor,
+        own: Tensor,
+        shown: Tensor,
+        joins: Tensor | None,
+        block: int,
+        scale: float,
+    ) -> None:
+        given = [query, key, value, centres, bias, own, shown]
+        self.kept = [x.contiguous() for x in given] + ([] if joins is None else [joins.contiguous()])
+        names = ("query", "key", "value", "centres", "bias", "own", "shown", "joins")
+        self.call = Expansion(
+            **{name: pointer(x) for name, x in zip(names, self.kept, strict=False)}, batch=query.shape[0],
+            heads=query.shape[1], shared=key.shape[1], length=query.shape[2], dim=query.shape[3],
+            number=centres.shape[1], block=block, parts=1, threads=torch.get_num_threads(), scale=scale,
+        )  # fmt: skip
 
 
 def expand(
@@ -37,23 +100,100 @@ def expand(
     bias: Tensor,
     own: Tensor,
     shown: Tensor,
+    joins: Tensor | None,
     block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, H, N, D] and lse [B, H, N] for the centres ``own`` [B, H, N]; float32 on the CPU.
 
     ``query`` is [B, H, N, D], ``key`` and ``value`` [B, Hkv, N, D], ``centres`` [H, C, D], ``bias`` [H], ``shown``
-    [B, N] bool. D is a multiple of the width that the library works in (32 numbers serve everywhere).
+    [B, N] bool, ``joins`` of :func:`sift`, None where nothing is kept out. D is a multiple of the width that the
+    library works in (32 numbers serve everywhere).
     """
-    query, key, value, centres, bias, own, shown = (
-        x.contiguous() for x in (query, key, value, centres, bias, own, shown)
-    )
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
-    call = Expansion(
-        query=pointer(query), key=pointer(key), value=pointer(value), centres=pointer(centres), bias=pointer(bias),
-        own=pointer(own), shown=pointer(shown), out=pointer(out), lse=pointer(lse), batch=query.shape[0],
-        heads=query.shape[1], shared=key.shape[1], length=query.shape[2], dim=query.shape[3], number=centres.shape[1],
-        block=block, threads=torch.get_num_threads(), scale=scale,
+    prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, block, scale)
+    out, lse = torch.empty(query.shape), query.new_empty(query.shape[:3])
+    prepared.call.out, prepared.call.lse = pointer(out), pointer(lse)
+    check(library().farfield_expand(ctypes.byref(prepared.call)))
+    return out, lse
+
+
+def expand_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    centres: Tensor,
+    bias: Tensor,
+    own: Tensor,
+    shown: Tensor,
+    joins: Tensor | None,
+    block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from those of what :func:`expand` gives."""
+    prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, block, scale)
+    of_out, of_lse = grad_out.contiguous(), grad_lse.contiguous()
+    # So many tasks that threads have work for equal times; how many does not hang on the threads, so that sums repeat.
+    parts = min(centres.shape[1], max(1, 8 // (query.shape[0] * query.shape[1])))
+    of_query = torch.zeros(query.shape)
+    of_key, of_value = (torch.zeros(parts, *query.shape) for _ in range(2))
+    call = prepared.call
+    call.grad_out, call.grad_lse, call.parts = pointer(of_out), pointer(of_lse), parts
+    call.grad_query, call.grad_key, call.grad_value = pointer(of_query), pointer(of_key), pointer(of_value)
+    check(library().farfield_expand_backward(ctypes.byref(call)))
+    shared = (key.shape[1], -1)
+    key_side, value_side = (x.sum(0).unflatten(1, shared).sum(2) for x in (of_key, of_value))
+    return of_query, key_side, value_side
+
+
+def sift(
+    key: Tensor, centres: Tensor, shown: Tensor, block: int, open: int, scale: float, units: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens kept [B, H, U, C, open] and joining [B, H, U, C, block]; see :func:`farfield.ops.expansion.sift`.
+
+    Float32 on the CPU: ``key`` [B, Hkv, N, D], ``centres`` [H, C, D], ``shown`` [B, N] bool.
+    """
+    key, centres, shown = key.contiguous(), centres.contiguous(), shown.contiguous()
+    (batch, shared, length, dim), (heads, number, _) = key.shape, centres.shape
+    kept, joins = (torch.empty(batch, heads, units, number, n, dtype=torch.int64) for n in (open, block))
+    call = Sift(
+        key=pointer(key), centres=pointer(centres), shown=pointer(shown), kept=pointer(kept), joins=pointer(joins),
+        batch=batch, heads=heads, shared=shared, length=length, dim=dim, number=number, block=block, open=open,
+        units=units, threads=torch.get_num_threads(), scale=scale,
     )  # fmt: skip
-    check(library().farfield_expand(ctypes.byref(call)))
+    check(library().farfield_sift(ctypes.byref(call)))
+    return kept, joins
+
+
+def step(
+    query: Tensor,
+    centres: Tensor,
+    bias: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor],
+    kept: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    read: Tensor,
+    place: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, H, D] and lse [B, H] of one query [B, H, D] for each head, from what a cache has at ``place``.
+
+    Float32 on the CPU: ``moments`` [B, H, R, C], [.., D] and [.., D + 1, D]; ``kept`` [B, H, R, C, open], or None where
+    no tokens are, and ``keys`` and ``values`` [B, Hkv, N, D], of which ``read`` [H] names the heads, are not read.
+    """
+    query = query.contiguous()
+    if kept is not None:
+        keys, values = keys.contiguous(), values.contiguous()
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
+    call = ExpansionStep(
+        query=pointer(query), centres=pointer(centres), bias=pointer(bias), of_lse=pointer(moments[0]),
+        of_key=pointer(moments[1]), of_rows=pointer(moments[2]), kept=pointer(kept), keys=keys.data_ptr(),
+        values=values.data_ptr(), read=pointer(read), out=pointer(out), lse=pointer(lse), batch=query.shape[0],
+        heads=query.shape[1], number=centres.shape[1], dim=query.shape[2], places=moments[0].shape[2], place=place,
+        open=0 if kept is None else kept.shape[-1], shared=keys.shape[1], room=keys.shape[2],
+        threads=torch.get_num_threads(), scale=scale,
+    )  # fmt: skip
+    check(library().farfield_step_expansion(ctypes.byref(call)))
     return out, lse

@@ -1609,8 +1609,13 @@ struct Expansion {
   const float *centres, *bias;       // [heads, number, D]; [heads]
   const int64_t* own;                // [batch, heads, N] the number of a query's centre
   const uint8_t* shown;              // [batch, N] tokens that count
+  const int64_t* joins;              // [batch, heads, units, number, block] tokens that the sums of a unit (a block of
+                                     // queries) have and those of the one before had not; negative: none. Null: all
+                                     // shown ones of the block two before
   float *out, *lse;                  // [batch, heads, N, D], [batch, heads, N]
-  int64_t batch, heads, shared, length, dim, number, block, threads;
+  const float *grad_out, *grad_lse;
+  float *grad_query, *grad_key, *grad_value;  // [batch, heads, N, D], [parts, batch, heads, N, D]
+  int64_t batch, heads, shared, length, dim, number, block, parts, threads;
   float scale;
 };
 
@@ -1619,23 +1624,38 @@ struct Expander {
   std::vector<float> rows, keys, values, about, score, weighed, apart, made, fresh;
   std::vector<const float*> row, read;
   std::vector<float*> written;
-  std::vector<int64_t> asked;
+  std::vector<int64_t> asked, token;
   float peak, mass;
+  std::vector<float> past, back;  // normalised sums of every unit; their gradients, summed from the last unit on
 
   explicit Expander(const Expansion& call)
       : c(call), rows(call.dim * call.dim), keys(call.dim), values(call.dim), about(call.dim),
         weighed(call.block * call.dim), apart(call.block * call.dim), made(call.block * call.dim),
-        fresh((call.dim + 2) * call.dim) {}
+        fresh((call.dim + 2) * call.dim) {
+    if (call.grad_out) past.resize(units() * size()), back.resize(size());
+  }
 
-  // Adds the tokens [from, from + block).
-  void absorb(int64_t b, int64_t h, int64_t from) {
+  int64_t units() const { return (c.length + c.block - 1) / c.block; }
+  int64_t size() const { return (c.dim + 2) * c.dim + 1; }  // of k v' row by row, keys, values, and one number
+
+  // The tokens that join at unit u, and where their keys and values lie.
+  void find(int64_t b, int64_t h, int64_t centre, int64_t u) {
     const int64_t of = (b * c.shared + h / (c.heads / c.shared)) * c.length;
-    row.clear(), read.clear();
-    for (int64_t j = from; j < from + c.block; j++)
-      if (c.shown[b * c.length + j]) row.push_back(c.key + (of + j) * c.dim), read.push_back(c.value + (of + j) * c.dim);
-    const int64_t n = row.size();
+    const int64_t* const listed = c.joins ? c.joins + (((b * c.heads + h) * units() + u) * c.number + centre) * c.block : nullptr;
+    token.clear(), row.clear(), read.clear();
+    if (u < 2) return;
+    for (int64_t i = 0; i < c.block; i++) {
+      const int64_t j = listed ? listed[i] : (u - 2) * c.block + i;
+      if (j < 0 || !c.shown[b * c.length + j]) continue;
+      token.push_back(j), row.push_back(c.key + (of + j) * c.dim), read.push_back(c.value + (of + j) * c.dim);
+    }
+    if (!row.empty()) products(about.data(), row, c.dim, score);
+  }
+
+  // Adds the tokens that were found.
+  void absorb() {
+    const int64_t n = token.size();
     if (!n) return;
-    products(about.data(), row, c.dim, score);
     float most = peak;
     for (int64_t j = 0; j < n; j++) most = score[j] > most || score[j] != score[j] ? score[j] : most;
     if (!(most == peak)) {
@@ -1659,21 +1679,46 @@ struct Expander {
         of_values[d] += w * read[j][d];
       }
     }
-    for (int64_t d = 0; d < c.dim; d += TALL)
-      for (int64_t i = 0; i < c.dim; i += PANEL)
-        column_tiles(std::min<int64_t>(TALL, c.dim - d), weighed.data() + d, c.dim, read.data(), n, n, n,
-                     fresh.data() + d * c.dim, c.dim, i);
+    add_outer(weighed.data(), read.data(), n, fresh.data());
     mass += whole;
     for (int64_t d = 0; d < c.dim; d++) keys[d] += of_keys[d], values[d] += of_values[d];
     for (size_t i = 0; i < rows.size(); i++) rows[i] += fresh[i];
   }
 
-  void answer(int64_t b, int64_t h, int64_t centre, int64_t from, int64_t to) {
+  // into[d][..] += sum over n of x[k][d] y[k][..]; all D wide.
+  void add_outer(const float* x, const float* const* y, int64_t n, float* into) const {
+    for (int64_t d = 0; d < c.dim; d += TALL)
+      for (int64_t i = 0; i < c.dim; i += PANEL)
+        column_tiles(std::min<int64_t>(TALL, c.dim - d), x + d, c.dim, y, n, n, n, into + d * c.dim, c.dim, i);
+  }
+
+  // written[k][..] += sum over d of row[k][d] matrix[d][..].
+  void multiply(int64_t n, const float* matrix) const {
+    for (int64_t k = 0; k < n; k += TALL)
+      row_tiles<true>(std::min<int64_t>(TALL, n - k), row.data() + k, written.data() + k, 0, c.dim, matrix, c.dim, 0, c.dim,
+                      nullptr);
+  }
+
+  // to[k][d] = x[k] . matrix[d] for n rows that lie one after another.
+  void multiply_rows(const float* x, int64_t n, const float* matrix, float* to) const {
+    const float* from[LANES];
+    for (int64_t d = 0; d < c.dim; d += LANES) {
+      for (int e = 0; e < LANES; e++) from[e] = matrix + (d + e) * c.dim;
+      dots(x, n, from, c.dim, to + d, c.dim);
+    }
+  }
+
+  // The queries of unit u whose centre this is.
+  void ask(int64_t b, int64_t h, int64_t centre, int64_t u) {
+    const int64_t of = (b * c.heads + h) * c.length, to = std::min(c.length, (u + 1) * c.block);
+    asked.clear();
+    for (int64_t i = u * c.block; i < to; i++)
+      if (c.own[of + i] == centre) asked.push_back(i);
+  }
+
+  void answer(int64_t b, int64_t h, int64_t centre) {
     const int64_t of = (b * c.heads + h) * c.length;
     const float* const about_ = c.centres + (h * c.number + centre) * c.dim;
-    asked.clear();
-    for (int64_t i = from; i < to; i++)
-      if (c.own[of + i] == centre) asked.push_back(i);
     const int64_t n = asked.size();
     if (mass == 0.0f) {
       for (const int64_t i : asked) std::memset(c.out + (of + i) * c.dim, 0, c.dim * 4), c.lse[of + i] = NONE;
@@ -1690,38 +1735,123 @@ struct Expander {
       c.lse[of + asked[k]] = std::log(mass) + peak + common + c.bias[h];
       row[k] = x, written[k] = y;
     }
-    for (int64_t k = 0; k < n; k += TALL)
-      row_tiles<true>(std::min<int64_t>(TALL, n - k), row.data() + k, written.data() + k, 0, c.dim, rows.data(), c.dim, 0,
-                      c.dim, nullptr);
+    multiply(n, rows.data());
     for (int64_t k = 0; k < n; k++)
       for (int64_t d = 0; d < c.dim; d++) c.out[(of + asked[k]) * c.dim + d] = written[k][d] / mass;
   }
 
-  void run(int64_t b, int64_t h, int64_t centre) {
+  void begin(int64_t h, int64_t centre) {
     for (int64_t d = 0; d < c.dim; d++) about[d] = c.centres[(h * c.number + centre) * c.dim + d] * c.scale;
     std::fill(rows.begin(), rows.end(), 0.0f);
     std::fill(keys.begin(), keys.end(), 0.0f);
     std::fill(values.begin(), values.end(), 0.0f);
     peak = NONE, mass = 0.0f;
-    for (int64_t from = 0; from < c.length; from += c.block) {
-      if (from >= 2 * c.block) absorb(b, h, from - 2 * c.block);
-      answer(b, h, centre, from, std::min(c.length, from + c.block));
+  }
+
+  void run(int64_t b, int64_t h, int64_t centre) {
+    begin(h, centre);
+    for (int64_t u = 0; u < units(); u++) {
+      find(b, h, centre, u);
+      absorb();
+      ask(b, h, centre, u);
+      answer(b, h, centre);
+    }
+  }
+
+  // With m the mass, M, V, K the sums of k v', v and k over it, and L = log(m) + peak:
+  //   out = x'M + (1 - x.K) V,  lse = L + x.K + bias,  and a token has the weight exp(score - L) in M, V and K.
+  // So the gradients of what later units read, each times exp(-L) of its own, are all that a token needs; L only grows.
+  void run_backward(int64_t b, int64_t h, int64_t centre, int64_t part) {
+    begin(h, centre);
+    const int64_t square = c.dim * c.dim, of = (b * c.heads + h) * c.length;
+    for (int64_t u = 0; u < units(); u++) {
+      find(b, h, centre, u);
+      absorb();
+      float* const to = past.data() + u * size();
+      const float over = mass == 0.0f ? 0.0f : 1.0f / mass;
+      for (int64_t i = 0; i < square; i++) to[i] = rows[i] * over;
+      for (int64_t d = 0; d < c.dim; d++) to[square + d] = keys[d] * over, to[square + c.dim + d] = values[d] * over;
+      to[square + 2 * c.dim] = mass == 0.0f ? NONE : std::log(mass) + peak;
+    }
+    std::fill(back.begin(), back.end(), 0.0f);
+    float *const of_keys = back.data() + square, *const of_values = of_keys + c.dim, *const of_score = of_values + c.dim;
+    const float* const about_ = c.centres + (h * c.number + centre) * c.dim;
+    float* const grad_key = c.grad_key + (part * c.batch * c.heads * c.length + of) * c.dim;
+    float* const grad_value = c.grad_value + (part * c.batch * c.heads * c.length + of) * c.dim;
+    for (int64_t u = units() - 1; u >= 0; u--) {
+      const float* const sums = past.data() + u * size();
+      const float *const key = sums + square, *const value = key + c.dim, level = sums[square + 2 * c.dim];
+      if (level == NONE) break;
+      if (u + 1 < units()) {
+        const float factor = std::exp(level - sums[size() + square + 2 * c.dim]);
+        for (float& x : back) x *= factor;
+      }
+      ask(b, h, centre, u);
+      const int64_t n = asked.size();
+      read.resize(n);
+      for (int64_t k = 0; k < n; k++) {
+        const float* const query = c.query + (of + asked[k]) * c.dim;
+        for (int64_t d = 0; d < c.dim; d++) {
+          apart[k * c.dim + d] = (query[d] - about_[d]) * c.scale;
+          weighed[k * c.dim + d] = c.grad_out[(of + asked[k]) * c.dim + d];
+        }
+        read[k] = weighed.data() + k * c.dim;
+      }
+      multiply_rows(weighed.data(), n, sums, made.data());
+      add_outer(apart.data(), read.data(), n, back.data());
+      for (int64_t k = 0; k < n; k++) {
+        const float *const x = apart.data() + k * c.dim, *const given = read[k], of_lse = c.grad_lse[of + asked[k]];
+        const float* const moved = made.data() + k * c.dim;
+        float common = 0.0f, along = 0.0f, whole = 0.0f;
+        for (int64_t d = 0; d < c.dim; d++) common += x[d] * key[d], along += given[d] * value[d], whole += x[d] * moved[d];
+        const float turn = of_lse - along;
+        for (int64_t d = 0; d < c.dim; d++) {
+          c.grad_query[(of + asked[k]) * c.dim + d] = c.scale * (moved[d] + turn * key[d]);
+          of_keys[d] += turn * x[d];
+          of_values[d] += (1.0f - common) * given[d];
+        }
+        *of_score += of_lse - whole - (1.0f - common) * along - common * turn;
+      }
+      find(b, h, centre, u);
+      const int64_t joined = token.size();
+      if (!joined) continue;
+      written.resize(joined);
+      for (int64_t j = 0; j < joined; j++) {
+        std::memcpy(weighed.data() + j * c.dim, read[j], c.dim * 4);
+        written[j] = made.data() + j * c.dim;
+        std::copy_n(of_values, c.dim, written[j]);
+      }
+      multiply(joined, back.data());  // made: k'G + of_values
+      multiply_rows(weighed.data(), joined, back.data(), apart.data());  // apart: G v
+      for (int64_t j = 0; j < joined; j++) {
+        const float weight = std::exp(score[j] - level);
+        const float* const turned = apart.data() + j * c.dim;
+        float sum = *of_score;
+        for (int64_t d = 0; d < c.dim; d++)
+          sum += row[j][d] * (turned[d] + of_keys[d]) + read[j][d] * of_values[d];
+        float *const to_key = grad_key + token[j] * c.dim, *const to_value = grad_value + token[j] * c.dim;
+        for (int64_t d = 0; d < c.dim; d++) {
+          to_key[d] += weight * (turned[d] + of_keys[d] + sum * about[d]);
+          to_value[d] += weight * made[j * c.dim + d];
+        }
+      }
     }
   }
 };
 
-extern "C" int farfield_expand(const Expansion* expansion) {
-  return guarded([=] {
-    const Expansion& c = *expansion;
+// Every centre of every head, or, for gradients, every part of a head's centres: those of a part add to one place.
+template <class F>
+static int expand(const Expansion& c, int64_t tasks, F task) {
+  return guarded([&] {
     bool failed = false;
 #pragma omp parallel num_threads((int)c.threads) if (c.length * c.dim * c.dim > SHORT)
     {
       std::unique_ptr<Expander> worker;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < c.batch * c.heads * c.number; i++) {
+      for (int64_t i = 0; i < tasks; i++) {
         try {
           if (!worker) worker = std::make_unique<Expander>(c);
-          worker->run(i / c.number / c.heads, i / c.number % c.heads, i % c.number);
+          task(*worker, i);
         } catch (...) {
 #pragma omp atomic write
           failed = true;
@@ -1732,9 +1862,174 @@ extern "C" int farfield_expand(const Expansion* expansion) {
   });
 }
 
+extern "C" int farfield_expand(const Expansion* expansion) {
+  const Expansion& c = *expansion;
+  return expand(c, c.batch * c.heads * c.number, [&](Expander& worker, int64_t i) {
+    worker.run(i / c.number / c.heads, i / c.number % c.heads, i % c.number);
+  });
+}
+
+extern "C" int farfield_expand_backward(const Expansion* expansion) {
+  const Expansion& c = *expansion;
+  return expand(c, c.batch * c.heads * c.parts, [&](Expander& worker, int64_t i) {
+    const int64_t part = i % c.parts, of = i / c.parts;
+    for (int64_t centre = part; centre < c.number; centre += c.parts)
+      worker.run_backward(of / c.heads, of % c.heads, centre, part);
+  });
+}
+
+// Which tokens every centre keeps, block by block: the ``open`` largest scores of all before; the others join its sums.
+struct Sift {
+  const float *key, *centres;  // [batch, shared, N, D], [heads, number, D]
+  const uint8_t* shown;        // [batch, N]
+  int64_t *kept, *joins;       // [batch, heads, units, number, open], [.., block]; rising, -1 where there are fewer
+  int64_t batch, heads, shared, length, dim, number, block, open, units, threads;
+  float scale;
+};
+
+extern "C" int farfield_sift(const Sift* sift) {
+  return guarded([=] {
+    const Sift& c = *sift;
+    bool failed = false;
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)c.threads) if (c.length * c.number * c.dim > SHORT)
+    for (int64_t i = 0; i < c.batch * c.heads * c.number; i++) {
+      try {
+        const int64_t b = i / c.number / c.heads, h = i / c.number % c.heads, centre = i % c.number;
+        const float* const key = c.key + (b * c.shared + h / (c.heads / c.shared)) * c.length * c.dim;
+        std::vector<float> about(c.dim), fresh, score;
+        std::vector<const float*> row;
+        std::vector<int64_t> token, place(c.open);
+        std::vector<int32_t> order(up_to(c.open + c.block, LANES));
+        for (int64_t d = 0; d < c.dim; d++) about[d] = c.centres[(h * c.number + centre) * c.dim + d] * c.scale;
+        for (int64_t u = 0; u < c.units; u++) {
+          const int64_t at = ((b * c.heads + h) * c.units + u) * c.number + centre;
+          int64_t *const kept = c.kept + at * c.open, *const joins = c.joins + at * c.block;
+          int64_t joined = 0;
+          if (u >= 2) {
+            row.clear();
+            for (int64_t j = (u - 2) * c.block; j < std::min(c.length, (u - 1) * c.block); j++)
+              if (c.shown[b * c.length + j]) row.push_back(key + j * c.dim), token.push_back(j);
+            const int64_t n = row.size();
+            if (n) products(about.data(), row, c.dim, fresh);
+            score.insert(score.end(), fresh.begin(), fresh.begin() + n);
+          }
+          if ((int64_t)token.size() > c.open) {
+            const int64_t found = largest(score.data(), token.size(), c.open, order.data(), place.data());
+            int64_t next = 0;
+            for (int64_t j = 0; j < (int64_t)token.size(); j++) {
+              if (next < found && place[next] == j) token[next] = token[j], score[next] = score[j], next++;
+              else joins[joined++] = token[j];
+            }
+            token.resize(next), score.resize(next);
+          }
+          std::fill(std::copy(token.begin(), token.end(), kept), kept + c.open, -1);
+          std::fill(joins + joined, joins + c.block, -1);
+        }
+      } catch (...) {
+#pragma omp atomic write
+        failed = true;
+      }
+    }
+    if (failed) throw std::bad_alloc();
+  });
+}
+
+// A step of decoding: one query of every head, from the sums and the tokens kept that a cache has at one of its places.
+struct ExpansionStep {
+  const float *query, *centres, *bias;             // [batch, heads, D], [heads, number, D], [heads]
+  const float *of_lse, *of_key, *of_rows;          // [batch, heads, places, number], [.., D], [.., D + 1, D]
+  const int64_t* kept;                             // [batch, heads, places, number, open]; negative: none
+  const float *keys, *values;                      // [batch, shared, room, D]
+  const int64_t* read;                             // [heads] the key head of each
+  float *out, *lse;                                // [batch, heads, D], [batch, heads]
+  int64_t batch, heads, number, dim, places, place, open, shared, room, threads;
+  float scale;
+};
+
+struct Expanding {
+  std::vector<const float*> row;
+  std::vector<float> score, x;
+  std::vector<const float*> value;
+};
+
+static void step_expansion(const ExpansionStep& c, int64_t b, int64_t h, Expanding& m) {
+  const float *const query = c.query + (b * c.heads + h) * c.dim, *const centres = c.centres + h * c.number * c.dim;
+  m.row.clear();
+  for (int64_t i = 0; i < c.number; i++) m.row.push_back(centres + i * c.dim);
+  products(query, m.row, c.dim, m.score);
+  int64_t own = 0;
+  float best = NONE;
+  for (int64_t i = 0; i < c.number; i++) {
+    float square = 0.0f;
+    for (int64_t d = 0; d < c.dim; d++) square += centres[i * c.dim + d] * centres[i * c.dim + d];
+    const float near = m.score[i] - 0.5f * square;
+    if (near > best || near != near) best = near, own = i;
+    if (near != near) break;
+  }
+  const int64_t at = ((b * c.heads + h) * c.places + c.place) * c.number + own;
+  const float *const centre = centres + own * c.dim, *const key = c.of_key + at * c.dim;
+  const float* const rows = c.of_rows + at * (c.dim + 1) * c.dim;
+  m.x.resize(2 * c.dim);
+  float *const x = m.x.data(), *const asked = x + c.dim;
+  float common = 0.0f;
+  for (int64_t d = 0; d < c.dim; d++) {
+    x[d] = (query[d] - centre[d]) * c.scale, asked[d] = query[d] * c.scale;
+    common += x[d] * key[d];
+  }
+  const float cell = c.of_lse[at] == NONE ? NONE : c.of_lse[at] + common + c.bias[h];
+  m.row.clear(), m.value.clear();
+  const int64_t from = (b * c.shared + c.read[h]) * c.room;
+  for (int64_t i = 0; i < c.open; i++) {
+    const int64_t token = c.kept[at * c.open + i];
+    if (token >= 0) m.row.push_back(c.keys + (from + token) * c.dim), m.value.push_back(c.values + (from + token) * c.dim);
+  }
+  const int64_t n = m.row.size();
+  if (n) products(asked, m.row, c.dim, m.score);
+  float peak = cell;
+  for (int64_t i = 0; i < n; i++) peak = m.score[i] > peak || m.score[i] != m.score[i] ? m.score[i] : peak;
+  float* const out = c.out + (b * c.heads + h) * c.dim;
+  std::fill(out, out + c.dim, 0.0f);
+  c.lse[b * c.heads + h] = NONE;
+  if (peak == NONE) return;
+  float total = 0.0f;
+  if (cell != NONE) {
+    const float weight = std::exp(cell - peak);
+    total = weight;
+    for (int64_t d = 0; d < c.dim; d++) out[d] = weight * (1.0f - common) * rows[c.dim * c.dim + d];
+    for (int64_t i = 0; i < c.dim; i++)
+      for (int64_t d = 0; d < c.dim; d++) out[d] += weight * x[i] * rows[i * c.dim + d];
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const float weight = std::exp(m.score[i] - peak);
+    total += weight;
+    for (int64_t d = 0; d < c.dim; d++) out[d] += weight * m.value[i][d];
+  }
+  for (int64_t d = 0; d < c.dim; d++) out[d] /= total;
+  c.lse[b * c.heads + h] = peak + std::log(total);
+}
+
+extern "C" int farfield_step_expansion(const ExpansionStep* step) {
+  return guarded([=] {
+    const ExpansionStep& c = *step;
+    bool failed = false;
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)c.threads) \
+    if (c.batch * c.heads * (c.number + c.dim + 2 * c.open) * c.dim > SHORT)
+    for (int64_t i = 0; i < c.batch * c.heads; i++) {
+      try {
+        Expanding memory;
+        step_expansion(c, i / c.heads, i % c.heads, memory);
+      } catch (...) {
+#pragma omp atomic write
+        failed = true;
+      }
+    }
+    if (failed) throw std::bad_alloc();
+  });
+}
+
 // So that a caller can see that it speaks of the same structures.
 extern "C" int64_t farfield_size(int64_t of) {
   const int64_t sizes[] = {sizeof(Store), sizeof(Call), sizeof(Reduction), sizeof(Rung), sizeof(Descent), sizeof(Step),
-                           sizeof(Expansion)};
+                           sizeof(Expansion), sizeof(Sift), sizeof(ExpansionStep)};
   return sizes[of];
 }
