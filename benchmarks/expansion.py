@@ -1,6 +1,6 @@
 """How long an expansion takes, in keys of exact attention: both in turn, the median of seven.
 
-python benchmarks/expansion.py --tokens 8192 --centres 8
+python benchmarks/expansion.py --tokens 8192 --centres 8 --open 0
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--centres", type=int, default=8)
+    parser.add_argument("--open", type=int, default=0, help="tokens that a centre keeps out of the cell")
     given = parser.parse_args()
     torch.manual_seed(0)
     query = torch.randn(1, HEADS, given.tokens, DIM)
@@ -38,7 +39,7 @@ def main() -> None:
 
     def expansion() -> object:
         return expansion_state(
-            query, key, value, centres, bias, block=BLOCK, key_mask=None, scale=DIM**-0.5, sinks=SINKS
+            query, key, value, centres, bias, block=BLOCK, key_mask=None, scale=DIM**-0.5, sinks=SINKS, open=given.open
         )
 
     def exact() -> object:
@@ -48,7 +49,9 @@ def main() -> None:
     pairs = [(seconds(expansion), seconds(exact)) for _ in range(7)]
     keys = statistics.median(a / b for a, b in pairs) * (given.tokens + 1) / 2
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    print(f"{given.tokens:,} tokens, {given.centres} centres, {torch.get_num_threads()} threads:")
+    print(
+        f"{given.tokens:,} tokens, {given.centres} centres that keep {given.open}, {torch.get_num_threads()} threads:"
+    )
     print(f"expansion {ours * 1e3:.0f} ms, exact attention {theirs * 1e3:.0f} ms: {keys:.0f} keys")
 
 

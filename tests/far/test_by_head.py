@@ -102,7 +102,7 @@ EXPANSION = Expansion.of(
     (0, 2, 3, 5), (0.5, -1.0, 0.0, 1.5), torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(3))
 )
 KEEPING = (
-    Expansion.of((5, 2)[::-1], (-1.0, 1.5), 2 * torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(4)), 9),
+    Expansion.of((2, 5), (-1.0, 1.5), 2 * torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(4)), 9),
     Expansion.of((3,), (0.0,), torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(5)), 2),
 )
 """Centres of two kinds that keep tokens."""

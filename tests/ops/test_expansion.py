@@ -148,6 +148,16 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("open", [0, 9])
+def test_values_may_be_of_less_precision(open: int) -> None:
+    """As autocast leaves them."""
+    q, k, v, centres, bias = case(90, 32, torch.float32)
+    options = {"block": 8, "key_mask": None, "scale": 0.2, "sinks": 3, "open": open}
+    got = expansion_state(q, k, v.bfloat16(), centres, bias, **options)  # type: ignore[arg-type]
+    expected = expansion_state(q, k, v.bfloat16().float(), centres, bias, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_values_of_one_stay_one() -> None:
     q, k, v, centres, bias = case(90)
     v = torch.ones_like(v)

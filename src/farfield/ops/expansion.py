@@ -283,7 +283,10 @@ def expansion_state(
         them, and take what is kept as given. No query depends on a later token. A value to first order is no mean: for
         a query far from all centres it can lie outside the range of the values.
     """
-    centres = centres.to(compute_dtype(query.dtype))
+    # Autocast leaves rotated queries and keys in float32, and values not.
+    common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = (x.to(common) for x in (query, key, value))
+    centres = centres.to(compute_dtype(common))
     if query.numel() == 0:
         return AttentionState(query.to(centres.dtype), query.new_zeros(query.shape[:3], dtype=centres.dtype))
     shown = torch.arange(query.shape[2], device=query.device)[None] >= sinks
