@@ -42,13 +42,15 @@ def text(tmp_path: Path) -> Path:
 def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     out = tmp_path / "out"
     made = invoke(
-        "convert", folder, "--text", text, "--keys", 0.85, "--length", 500, "--queries", 8, "--centres", 2,
+        "convert", folder, "--text", text, "--keys", 0.85, "--length", 500, "--queries", 8, "--centres", "2,4",
         "--out", out, "--device", "cpu",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     assert "settings: 4 of 4" in made.output
     report = json.loads((out / "conversion.json").read_text())
     assert report["keys"] <= 0.85
+    assert report["asked"]["centres"] == [2, 4]
+    assert {row["setting"]["number"] for row in report["menu"] if "number" in (row["setting"] or {})} == {2, 4}
     assert report["texts"] == ["text.txt.xz"]
     again = transformers.AutoTokenizer.from_pretrained(out)
     assert again("far, near").input_ids == tokenizer()("far, near").input_ids

@@ -214,10 +214,11 @@ def test_low_precision_stays_within_the_budget(name: str, dtype: torch.dtype) ->
         assert (got - want).norm() <= 2 * (plain - want).norm()
 
 
-@pytest.mark.parametrize("name", ["fma", "window strided", "linear", "dense and projection"])
-def test_under_autocast(name: str) -> None:
+@pytest.mark.parametrize("rope", [50.0, None], ids=["rope", "no rope"])
+@pytest.mark.parametrize("name", ["fma", "window strided", "linear", "dense and projection", "by head, opened"])
+def test_under_autocast(name: str, rope: float | None) -> None:
     module, x = (
-        shaken(ff.Attention(16, 4, num_kv_heads=2, causal=True, **{"rope": 50.0, **LAYERS[name]})),
+        shaken(ff.Attention(16, 4, num_kv_heads=2, causal=True, **{"rope": rope, **LAYERS[name]})),
         torch.randn(1, 60, 16),
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):

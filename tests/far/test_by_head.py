@@ -88,8 +88,10 @@ def test_gradients_are_those_of_the_heads_alone() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_no_head_sees_the_future() -> None:
-    given, far = inputs(), ByHead((((4, 0), OPENED), ((3, 1), PLAIN)), expansions=(EXPANSION,))
+@pytest.mark.parametrize("kept", [False, True], ids=["cell", "kept"])
+def test_no_head_sees_the_future(kept: bool) -> None:
+    groups = (((4, 0), OPENED), ((1,), PLAIN)) if kept else (((4, 0), OPENED), ((3, 1), PLAIN))
+    given, far = inputs(), ByHead(groups, expansions=KEEPING if kept else (EXPANSION,))
     before = attend(far, given)
     given.k[:, :, 50:] += 5.0
     given.v[:, :, 50:] -= 3.0

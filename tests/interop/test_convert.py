@@ -425,6 +425,30 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
         Calibration.load(tmp_path / "f.safetensors")
 
 
+def test_what_is_offered_is_what_was_asked_for() -> None:
+    """Lists of centres hang on no other query; beside settings a calibration has expansions about its fewest alone."""
+    kept = small(keys=0.5)[1].calibration
+
+    def offered(**changes: Any) -> set[tuple[str, bool]]:
+        _, made = small(calibration=kept, keys=0.9, **changes)
+        kinds = [(row["setting"] or {}, row["expansion"]) for row in made.report["menu"]]
+        assert made.report["asked"]["centres"] == sorted(changes.get("centres", (3, 5)))
+        return {("keeps" if "number" in s else "share" if s.get("share", 1) > 1 else "own", more) for s, more in kinds}
+
+    everything = {("keeps", True), ("share", True), ("share", False), ("own", True), ("own", False)}
+    assert offered() == everything
+    assert offered(max_share=1) == everything - {("share", True), ("share", False)}
+    assert offered(centres=range(5, 6)) == {("keeps", True), ("share", False), ("own", False)}
+    assert offered(centres=(3,)) == everything - {("keeps", True)}
+    with pytest.raises(TypeError, match="centres=3: a sequence of numbers"):
+        convert(make("Llama"), calibration=kept, keys=0.9, centres=3)
+    with pytest.raises(ValueError, match=r"settings of \[4\] centres"):
+        menu_errors(*(heads(n, 40) for n in (4, 2, 2)), (Keeps(4, 2),), torch.ones(4, 8, 8), positions=torch.arange(40),
+                    block=8, sinks=3, scale=1.0)  # fmt: skip
+    with pytest.raises(ValueError, match=r"Keeps\(number=0\): an integer >= 1"):
+        Keeps(0, 3)
+
+
 def test_an_expansion_helps_and_can_be_left_out() -> None:
     (model, some), (plain, none) = small(keys=0.5, seed=5), small(keys=0.5, seed=5, centres=())
     assert any(some.options["expansions"])

@@ -79,6 +79,8 @@ def convert_command(
     if keys is None and error is None:
         keys = _DEFAULT_KEYS
     exact, numbers = _numbers(dense_layers, "layers"), _numbers(centres, "numbers of centres")
+    if 0 in numbers:
+        raise ValueError(f"--centres {centres}: numbers from 1 on would be accepted; leave it out for no expansions")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"{out} is not empty; give another --out")
     place = device_option(device)

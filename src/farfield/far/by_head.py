@@ -86,8 +86,8 @@ class ByHead(FarPart):
 
     @property
     def opens(self) -> bool:
-        """Whether any head opens cells or keeps tokens."""
-        return any(pyramid.open for _, pyramid in self.groups) or any(x.open for x in self.expansions)
+        """Whether any group opens cells."""
+        return any(pyramid.open for _, pyramid in self.groups)
 
     @property
     def takes_dropout(self) -> bool:  # type: ignore[override]
@@ -167,7 +167,7 @@ class _ByHead(StreamModule):
         return self._joined(self._all_heads(inputs), far, [head for heads in self.heads for head in heads])
 
     def _all_heads(self, inputs: Inputs) -> AttentionState:
-        """What needs no group: the near field and the expansion."""
+        """What needs no group: the near field and the expansions."""
         near = near_state(inputs, self.block, self.options.sinks or 0)
         return self._with_expansions(near, [self._expansion(inputs, x) for x in self.options.expansions])
 
@@ -261,7 +261,7 @@ class _ByHead(StreamModule):
         return next((reason for reason in reasons if reason is not None), None)
 
     def empty_cache(self, spec: StreamSpec) -> Cache:
-        """All tokens where cells of one level are opened, otherwise the last blocks and the sinks.
+        """All tokens where cells of one level are opened or centres keep any, otherwise the last blocks and the sinks.
 
         Beside them what every other pyramid keeps for its heads.
         """
@@ -407,7 +407,7 @@ def _within(cache: Cache, prefix: str) -> Iterator[Cache]:
 def _check_expansion(expansion: Expansion, spec: LayerSpec) -> None:
     if not spec.causal or spec.dims != 1:
         raise ValueError(
-            f"ByHead(expansion=...) in a layer with causal={spec.causal}, dims={spec.dims}: its sums run along a "
+            f"ByHead(expansions=...) in a layer with causal={spec.causal}, dims={spec.dims}: its sums run along a "
             "causal sequence; causal=True and dims=1 would be accepted"
         )
     if expansion.heads[-1] >= spec.num_heads or expansion.width != spec.head_dim:

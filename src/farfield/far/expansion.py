@@ -20,10 +20,11 @@ __all__ = ["Expansion"]
 
 @dataclass(frozen=True)
 class Expansion:
-    """One more cell for some heads, which holds every token beyond the near field, see :mod:`farfield.ops.expansion`.
+    """A far field of some heads about centres of their queries, see :mod:`farfield.ops.expansion`.
 
-    Its score and value are those of all far tokens together, to the first order in the distance of the query from the
-    nearest of the head's centres. Nothing is learned: centres are means of clusters of a pretrained model's queries.
+    One cell holds every token beyond the near field but those that the centre keeps out of it. Its score and value are
+    those of all its tokens together, to the first order in the distance of the query from the nearest of the head's
+    centres. Nothing is learned: centres are means of clusters of a pretrained model's queries.
 
     Args:
         heads: query heads that have it, rising.

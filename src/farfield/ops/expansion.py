@@ -149,14 +149,16 @@ def sift(
     Returns:
         Tokens kept [B, H, U, C, open], rising, and those that join the cell at a unit [B, H, U, C, block], ``EMPTY``
         where there are fewer. What unit u sees are tokens before (u - 1) * block: of these the ``open`` with the
-        largest scores at the centre are kept, of equal ones the first. Scores are made in float32. O(N C D) time.
+        largest scores at the centre are kept, of equal ones the first; one with a score of -inf is not. Scores are made
+        in float32. O(N C (D + open / block)) time, and as many numbers as both tables have.
     """
-    if key.device.type == "cpu" and compiled.why_not() is None and key.shape[-1] % WIDTH == 0:
+    if _sifts(key):
         shown = shown.expand(len(key), -1)
-        return compiled_sift(key.float(), centres.float(), shown, block, open, scale, units)
+        found: tuple[Tensor, Tensor] = compiled_sift(key.float(), centres.float(), shown, block, open, scale, units)
+        return found
     heads, number = centres.shape[:2]
     tokens = torch.full((len(key), heads, number, open), EMPTY, device=key.device)
-    scores = torch.full(tokens.shape, -torch.inf, device=key.device)
+    scores = torch.full(tokens.shape, -torch.inf, dtype=torch.float32, device=key.device)
     nobody = torch.full((*tokens.shape[:3], block), EMPTY, device=key.device)
     kept, joins = [], []
     for unit in range(units):
@@ -174,9 +176,25 @@ def sift(
 
 
 def _scores(key: Tensor, centres: Tensor, scale: float) -> Tensor:
-    """[B, H, C, M] scores of keys [B, Hkv, M, D] at the centres, float32."""
-    repeat = len(centres) // key.shape[1]
-    return (centres * scale).float() @ key.float().repeat_interleave(repeat, 1).mT
+    """[B, H, C, M] scores of keys [B, Hkv, M, D] at the centres, float32, bit by bit as the compiled sift has them."""
+    every = torch.arange(key.shape[2], device=key.device).expand(len(key), len(centres), centres.shape[1], -1)
+    return _scores_of(key, every, centres, scale)
+
+
+def _scores_of(key: Tensor, tokens: Tensor, centres: Tensor, scale: float) -> Tensor:
+    """[B, H, C, n] scores of tokens [B, H, C, n] of keys [B, Hkv, N, D] at the centres, -inf where there is none."""
+    about = (centres.float() * scale).expand(len(key), -1, -1, -1)
+    if _sifts(key):
+        keys = key.float().flatten(0, 1)
+        given = about.flatten(0, 1), keys, keys.new_zeros(1, keys.shape[1]), tokens.flatten(0, 1)
+        return compiled.score(*given).view(tokens.shape)
+    found = (_gathered(key, tokens).float() @ about[..., None]).squeeze(-1)
+    return found.masked_fill(tokens < 0, -torch.inf)
+
+
+def _sifts(key: Tensor) -> bool:
+    """Whether the compiled engine scores tokens: on the CPU, whole vectors."""
+    return key.device.type == "cpu" and compiled.why_not() is None and key.shape[-1] % WIDTH == 0
 
 
 def _kept_of(tokens: Tensor, scores: Tensor, open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,6 +305,8 @@ def expansion_state(
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(common) for x in (query, key, value))
     centres = centres.to(compute_dtype(common))
+    if open and key_mask is not None:  # a hidden token may hold anything, and absent ones of a list read some token
+        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (key, value))
     if query.numel() == 0:
         return AttentionState(query.to(centres.dtype), query.new_zeros(query.shape[:3], dtype=centres.dtype))
     shown = torch.arange(query.shape[2], device=query.device)[None] >= sinks
@@ -381,16 +401,17 @@ def _state(
     """The cell in torch, a run of blocks at a time; ``shown`` [B or 1, N] bool, ``joins`` of :func:`sift`."""
     length, wide = query.shape[2], centres.dtype
     units = -(-length // block)
-    # What a block sees as far ends two blocks before it: two empty blocks in front put it in the block's own place.
-    late = max(0, units - 2) * block
-    ahead = min(2, units) * block
+    if joins is None:
+        # What a block sees as far ends two blocks before it: two empty ones in front put it in the block's own place.
+        late = max(0, units - 2) * block
+        ahead = min(2, units) * block
 
-    def shifted(x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :late], (0, 0, ahead, units * block - ahead - late)).unflatten(2, (units, block))
+        def shifted(x: Tensor) -> Tensor:
+            return F.pad(x[:, :, :late], (0, 0, ahead, units * block - ahead - late)).unflatten(2, (units, block))
 
-    shown = shifted(shown[:, None, :, None].expand(-1, 1, -1, -1).to(wide)).squeeze(-1) > 0
-    # A masked token may hold anything.
-    keys, values = (shifted(x).masked_fill(~shown[..., None], 0.0) for x in (key, value))
+        shown = shifted(shown[:, None, :, None].expand(-1, 1, -1, -1).to(wide)).squeeze(-1) > 0
+        # A masked token may hold anything.
+        keys, values = (shifted(x).masked_fill(~shown[..., None], 0.0) for x in (key, value))
     laid = F.pad(query.to(wide), (0, 0, 0, units * block - length)).unflatten(2, (units, block))
     chosen = F.pad(own, (0, units * block - length)).unflatten(2, (units, block))
     repeat, outs, scores = query.shape[1] // key.shape[1], [], []
@@ -460,7 +481,8 @@ class ExpansionStream:
             }
             if self.open:
                 kept = like.new_full((*like.shape, number, self.open), EMPTY, dtype=torch.int64)
-                cache |= {"kept": kept, "scores": torch.full(kept.shape, -torch.inf, device=device)}
+                scores = torch.full(kept.shape, -torch.inf, dtype=torch.float32, device=device)
+                cache |= {"kept": kept, "scores": scores}
         return cache
 
     def fill(self, cache: Cache, key: Tensor, value: Tensor, centres: Tensor, scale: float) -> None:
@@ -488,7 +510,10 @@ class ExpansionStream:
             self._put(cache, number + 1, carry)
         if kept is not None:
             for number in range(first, last + 1):
-                self._keep(cache, number, kept[:, :, number + 1], key, centres, scale)
+                place, tokens = number % self.places, kept[:, :, number + 1]
+                cache["kept"][:, :, place] = tokens
+                with exactly(key.device):
+                    cache["scores"][:, :, place] = _scores_of(key, tokens, centres, scale)
 
     def close(
         self, cache: Cache, number: int, key: Tensor, value: Tensor, centres: Tensor, scale: float, first: int = 0
@@ -500,32 +525,23 @@ class ExpansionStream:
         """
         joins = None
         if self.open:
-            kept, joins = self._sifted(cache, number, key, centres, scale)
-            self._keep(cache, number + 1, kept, key, centres, scale)
+            joins = self._sift(cache, number, key, centres, scale)
         carry = self._at(cache, number)
         self._put(cache, number + 1, self._with(carry, key, value, centres, scale, number, 1, joins, first))
 
-    def _sifted(self, cache: Cache, number: int, key: Tensor, centres: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """What is kept [B, H, C, open] after block ``number``, and what joins the sums with it, [B, H, 1, C, M]."""
-        place = slice(number * self.block, (number + 1) * self.block)
+    def _sift(self, cache: Cache, number: int, key: Tensor, centres: Tensor, scale: float) -> Tensor:
+        """Writes what is kept after block ``number``; what joins the sums with it, [B, H, 1, C, M]."""
+        start, at, to = number * self.block, number % self.places, (number + 1) % self.places
         with exactly(key.device):
-            index = torch.arange(place.start, place.stop, device=key.device)
-            fresh = _scores(key[:, :, place], centres, scale).masked_fill(index < self.sinks, -torch.inf)
+            index = torch.arange(start, start + self.block, device=key.device)
+            fresh = _scores(key[:, :, start : start + self.block], centres, scale)
+            fresh = fresh.masked_fill(index < self.sinks, -torch.inf)
             tokens = index.where(index >= self.sinks, EMPTY).expand(fresh.shape)
-            at = number % self.places
-            kept, joins, _ = _kept_of(
-                torch.cat([cache["kept"][:, :, at], tokens], -1), torch.cat([cache["scores"][:, :, at], fresh], -1),
-                self.open, self.block,
-            )  # fmt: skip
-        return kept, joins[:, :, None]
-
-    def _keep(self, cache: Cache, number: int, kept: Tensor, key: Tensor, centres: Tensor, scale: float) -> None:
-        """Writes what is kept [B, H, C, open] of all before block ``number``."""
-        place = number % self.places
-        with exactly(key.device):
-            about = (centres * scale).float()[..., None]
-            scores = (_gathered(key, kept).float() @ about).squeeze(-1).masked_fill(kept < 0, -torch.inf)
-        cache["kept"][:, :, place], cache["scores"][:, :, place] = kept, scores
+            tokens = torch.cat([cache["kept"][:, :, at], tokens], -1)
+            fresh = torch.cat([cache["scores"][:, :, at], fresh], -1)
+            kept, joins, scores = _kept_of(tokens, fresh, self.open, self.block)
+        cache["kept"][:, :, to], cache["scores"][:, :, to] = kept, scores
+        return joins[:, :, None]
 
     def _at(self, cache: Cache, number: int) -> Moments:
         return Moments(*(cache[name][:, :, number % self.places].clone() for name in Moments._fields))
@@ -583,7 +599,7 @@ class ExpansionStream:
                 lse = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
                 return AttentionState(query.new_zeros(query.shape, dtype=wide), lse)
             place = (number - 1) % self.places
-            if query.shape[2] == 1 and _fits(query, centres) and key.dtype == query.dtype == wide == torch.float32:
+            if query.shape[2] == 1 and _fits(query, centres) and key.dtype == value.dtype == torch.float32:
                 sums = cache["lse"], cache["key"], cache["rows"]
                 kept = cache["kept"] if self.open else None
                 out, lse = compiled_step(query[:, :, 0], centres, bias, sums, kept, key, value, read, place, scale)

@@ -260,6 +260,9 @@ def menu_errors(
     centres = centres or {}
     if not centres and any(bias is not None for bias in biases):
         raise ValueError(f"biases={biases} without centres: an expansion is about something; None would be accepted")
+    missing = sorted({p.number for p in menu if isinstance(p, Keeps)} - set(centres))
+    if missing:
+        raise ValueError(f"settings of {missing} centres, and centres of {sorted(centres)} are given: those are needed")
     query = q[:, positions].float()
     scores = query * scale @ keys.mT
     scores = scores.masked_fill(index > positions[:, None], -torch.inf)

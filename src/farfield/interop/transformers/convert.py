@@ -77,7 +77,8 @@ def convert(
             so that the model can be decoded with a cache.
         centres: offer expansions about so many centres of each head's queries (:class:`farfield.far.Expansion`): those
             that keep tokens as settings of their own, and, about the fewest, one of everything far beside every other
-            setting. Empty for no expansions. With a calibration, some of its numbers.
+            setting. Empty for no expansions. With a calibration, some of its numbers; beside other settings it knows
+            expansions about its own fewest alone.
         recall_weight: how much errors in ends that repeat what stood far before count, beside plain text, of 1.
 
     Returns:
@@ -87,6 +88,8 @@ def convert(
         ValueError: when the model cannot be converted so, or no choice keeps the budget or the bound.
     """
     _check_target(keys, error)
+    if isinstance(centres, int):
+        raise TypeError(f"centres={centres}: a sequence of numbers, such as (8, 16, 32), would be accepted")
     numbers = sorted(set(centres))
     if not 0 <= recall_weight <= 1:
         raise ValueError(f"recall_weight={recall_weight}: a share from 0 to 1 would be accepted")
@@ -116,6 +119,10 @@ def convert(
         )
     length, block, sinks = made.length, made.block, made.sinks
     offers = _offers(made, numbers, max_share)
+    if not offers:
+        raise ValueError(
+            f"nothing is offered with centres={tuple(centres)}, max_share={max_share}: more of them is needed"
+        )
     by_bias = made.weighed(recall_weight)
     plain = made.biases.index(None)
     biases = [i for i, bias in enumerate(made.biases) if bias is not None]
@@ -141,7 +148,7 @@ def convert(
     report = {
         "farfield": __version__,
         "asked": {
-            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "centres": centres,
+            "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "centres": numbers,
             "recall_weight": recall_weight,
         },
         "length": length,
@@ -226,8 +233,8 @@ def _allowed(setting: Setting, max_share: int | None) -> bool:
     """Whether no more queries than that share its choice; with 1, whether it needs no queries but its own."""
     if setting is None or max_share is None:
         return True
-    if isinstance(setting, Keeps):
-        return max_share > 1  # its sums run along the sequence: a cache of keys and values is not enough
+    if isinstance(setting, Keeps):  # centres choose, and hang on no query
+        return True
     if max_share == 1:
         return not setting.needs_queries
     return setting.way[1] <= max_share

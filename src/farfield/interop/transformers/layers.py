@@ -95,7 +95,10 @@ def setting_of_layer(options: dict[str, Any], layer: int) -> dict[str, Any]:
     groups = entry if isinstance(entry, str) else tuple(tuple(_frozen(group).items()) for group in entry)
     expansions = (options.get("expansions") or [[]] * len(entries))[layer]
     if not isinstance(expansions, list | tuple):
-        raise TypeError(f"expansions of a layer are {type(expansions).__name__}: a list of them would be accepted")
+        raise TypeError(
+            f"expansions of a layer are {type(expansions).__name__}: a list of them would be accepted; a model that an "
+            "earlier version converted has to be converted again"
+        )
     return {
         "block": options.get("block", 64),
         "sinks": options.get("sinks", 16),

@@ -26,6 +26,11 @@ class Keeps:
     number: int
     open: int
 
+    def __post_init__(self) -> None:
+        for name, value, least in (("number", self.number, 1), ("open", self.open, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Keeps({name}={value!r}): an integer >= {least} would be accepted")
+
 
 Setting = Pyramid | Keeps | None
 """What a head can be given as its far field; None: nothing."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from farfield.ops.compiled.build import check, library
 from farfield.ops.compiled.tiles import pointer
+from farfield.ops.memory import empty, zeros
 
 __all__ = ["Expansion", "ExpansionStep", "Sift", "expand", "expand_backward", "sift", "step"]
 
@@ -82,8 +83,14 @@ class _Prepared:
         block: int,
         scale: float,
     ) -> None:
-        given = [query, key, value, centres, bias, own, shown]
-        self.kept = [x.contiguous() for x in given] + ([] if joins is None else [joins.contiguous()])
+        given = [query, key, value, centres, bias]
+        for x in given:
+            if x.dtype != torch.float32 or x.device.type != "cpu":
+                raise TypeError(
+                    f"the compiled expansion was given {x.dtype} on {x.device}, it reads float32 on the CPU"
+                )
+        given += [own, shown] + ([] if joins is None else [joins])
+        self.kept = [x.contiguous() for x in given]
         names = ("query", "key", "value", "centres", "bias", "own", "shown", "joins")
         self.call = Expansion(
             **{name: pointer(x) for name, x in zip(names, self.kept, strict=False)}, batch=query.shape[0],
@@ -92,6 +99,7 @@ class _Prepared:
         )  # fmt: skip
 
 
+@torch.library.custom_op("farfield::expand", mutates_args=())
 def expand(
     query: Tensor,
     key: Tensor,
@@ -111,12 +119,18 @@ def expand(
     library works in (32 numbers serve everywhere).
     """
     prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, block, scale)
-    out, lse = torch.empty(query.shape), query.new_empty(query.shape[:3])
+    out, lse = empty(query.shape, torch.float32), query.new_empty(query.shape[:3])
     prepared.call.out, prepared.call.lse = pointer(out), pointer(lse)
     check(library().farfield_expand(ctypes.byref(prepared.call)))
     return out, lse
 
 
+@expand.register_fake
+def _(query: Tensor, *args: object, **more: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3])
+
+
+@torch.library.custom_op("farfield::expand_backward", mutates_args=())
 def expand_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -136,8 +150,8 @@ def expand_backward(
     of_out, of_lse = grad_out.contiguous(), grad_lse.contiguous()
     # So many tasks that threads have work for equal times; how many does not hang on the threads, so that sums repeat.
     parts = min(centres.shape[1], max(1, 8 // (query.shape[0] * query.shape[1])))
-    of_query = torch.zeros(query.shape)
-    of_key, of_value = (torch.zeros(parts, *query.shape) for _ in range(2))
+    of_query = zeros(query.shape, torch.float32)
+    of_key, of_value = (zeros((parts, *query.shape), torch.float32) for _ in range(2))
     call = prepared.call
     call.grad_out, call.grad_lse, call.parts = pointer(of_out), pointer(of_lse), parts
     call.grad_query, call.grad_key, call.grad_value = pointer(of_query), pointer(of_key), pointer(of_value)
@@ -147,6 +161,14 @@ def expand_backward(
     return of_query, key_side, value_side
 
 
+@expand_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: object, **more: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+@torch.library.custom_op("farfield::sift", mutates_args=())
 def sift(
     key: Tensor, centres: Tensor, shown: Tensor, block: int, open: int, scale: float, units: int
 ) -> tuple[Tensor, Tensor]:
@@ -156,13 +178,22 @@ def sift(
     """
     key, centres, shown = key.contiguous(), centres.contiguous(), shown.contiguous()
     (batch, shared, length, dim), (heads, number, _) = key.shape, centres.shape
-    kept, joins = (torch.empty(batch, heads, units, number, n, dtype=torch.int64) for n in (open, block))
+    kept, joins = (empty((batch, heads, units, number, n), torch.int64) for n in (open, block))
     call = Sift(
         key=pointer(key), centres=pointer(centres), shown=pointer(shown), kept=pointer(kept), joins=pointer(joins),
         batch=batch, heads=heads, shared=shared, length=length, dim=dim, number=number, block=block, open=open,
         units=units, threads=torch.get_num_threads(), scale=scale,
     )  # fmt: skip
     check(library().farfield_sift(ctypes.byref(call)))
+    return kept, joins
+
+
+@sift.register_fake
+def _(
+    key: Tensor, centres: Tensor, shown: Tensor, block: int, open: int, scale: float, units: int
+) -> tuple[Tensor, Tensor]:
+    shape = (len(key), len(centres), units, centres.shape[1])
+    kept, joins = (key.new_empty(*shape, n, dtype=torch.int64) for n in (open, block))
     return kept, joins
 
 
@@ -186,6 +217,7 @@ def step(
     query = query.contiguous()
     if kept is not None:
         keys, values = keys.contiguous(), values.contiguous()
+        assert keys.dtype == values.dtype == query.dtype == torch.float32
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
     call = ExpansionStep(
         query=pointer(query), centres=pointer(centres), bias=pointer(bias), of_lse=pointer(moments[0]),

@@ -1658,6 +1658,7 @@ struct Expander {
     if (!n) return;
     float most = peak;
     for (int64_t j = 0; j < n; j++) most = score[j] > most || score[j] != score[j] ? score[j] : most;
+    if (most == NONE) return;  // no weight at all
     if (!(most == peak)) {
       const float factor = peak == NONE ? 0.0f : std::exp(peak - most);
       for (float& x : rows) x *= factor;
@@ -1911,7 +1912,13 @@ extern "C" int farfield_sift(const Sift* sift) {
               if (c.shown[b * c.length + j]) row.push_back(key + j * c.dim), token.push_back(j);
             const int64_t n = row.size();
             if (n) products(about.data(), row, c.dim, fresh);
-            score.insert(score.end(), fresh.begin(), fresh.begin() + n);
+            int64_t next = token.size() - n;
+            for (int64_t j = 0; j < n; j++) {
+              const int64_t of = token[token.size() - n + j];
+              if (fresh[j] == NONE) joins[joined++] = of;  // without weight, so that no list has it
+              else token[next++] = of, score.push_back(fresh[j]);
+            }
+            token.resize(next);
           }
           if ((int64_t)token.size() > c.open) {
             const int64_t found = largest(score.data(), token.size(), c.open, order.data(), place.data());
@@ -1922,6 +1929,7 @@ extern "C" int farfield_sift(const Sift* sift) {
             }
             token.resize(next), score.resize(next);
           }
+          std::sort(joins, joins + joined);
           std::fill(std::copy(token.begin(), token.end(), kept), kept + c.open, -1);
           std::fill(joins + joined, joins + c.block, -1);
         }

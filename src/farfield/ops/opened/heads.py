@@ -169,7 +169,8 @@ class HeadsStream:
             cache["keys"][:, :, at], cache["values"][:, :, at] = key[:, :, t], value[:, :, t]
             cache["queries"][:, :, at % self.ring] = query[:, :, t]
             attend = self._compiled if self._can(cache) else self._torch
-            states.append(attend(cache, query[:, :, now], at, scale))
+            asked = query[:, :, now].to(cache["keys"].dtype)  # autocast may have made it narrower
+            states.append(attend(cache, asked, at, scale))
             if (at + 1) % self.block == 0:
                 self._score(cache, at + 1 - self.block, at + 1)
         joined = join_rows(states)
