@@ -1912,10 +1912,13 @@ extern "C" int farfield_sift(const Sift* sift) {
               if (c.shown[b * c.length + j]) row.push_back(key + j * c.dim), token.push_back(j);
             const int64_t n = row.size();
             if (n) products(about.data(), row, c.dim, fresh);
-            int64_t next = token.size() - n;
+            // Of those without weight no list has any, and a full list none that are no larger than its least.
+            const int64_t had = score.size();
+            const float least = had < c.open || had == 0 ? NONE : *std::min_element(score.begin(), score.end());
+            int64_t next = had;
             for (int64_t j = 0; j < n; j++) {
-              const int64_t of = token[token.size() - n + j];
-              if (fresh[j] == NONE) joins[joined++] = of;  // without weight, so that no list has it
+              const int64_t of = token[had + j];
+              if (fresh[j] <= least) joins[joined++] = of;
               else token[next++] = of, score.push_back(fresh[j]);
             }
             token.resize(next);
