@@ -283,7 +283,7 @@ def expansion_state(
     sinks: int,
     open: int = 0,
 ) -> AttentionState:
-    """Attention of every query to one cell that holds all tokens beyond its near field of leaf blocks. Causal, 1-D.
+    """Attention of every query to all tokens beyond its near field of leaf blocks, in one cell. Causal, 1-D.
 
     Args:
         query: [B, H, N, D].
@@ -295,11 +295,12 @@ def expansion_state(
             those of their own centre exactly.
 
     Returns:
-        The state: the value to first order, in float32 or wider, and the score as lse; 0 and -inf where nothing is far.
-        With at least as many ``open`` as there are far tokens it is that of exact attention to them. O(N C D²) time and
-        O(N open) beside it; gradients, of queries, keys and values alone, compute the sums again instead of keeping
-        them, and take what is kept as given. No query depends on a later token. A value to first order is no mean: for
-        a query far from all centres it can lie outside the range of the values.
+        The state: the value to first order and the score as lse, both in float32 or wider (what is read exactly has its
+        value rounded to the inputs' precision); 0 and -inf where nothing is far. With at least as many ``open`` as
+        there are far tokens it is that of exact attention to them. O(N C D²) time and O(N open) beside it; gradients,
+        of queries, keys and values alone, compute the sums again instead of keeping them, and take what is kept as
+        given. No query depends on a later token. A value to first order is no mean: for a query far from all centres it
+        can lie outside the range of the values.
     """
     # Autocast leaves rotated queries and keys in float32, and values not.
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
