@@ -319,17 +319,12 @@ def expansion_state(
         kept, joins = (
             sift(key, centres, shown, block=block, open=open, scale=scale, units=units) if open else (None, None)
         )
-    cell = AttentionState(
-        *_Expansion.apply(query, key, value, centres, bias.to(centres.dtype), own, block, shown, joins, scale)
-    )
-    if kept is None:
-        return cell
-    exact = _read(query, key, value, kept, own, block, scale)
-    return merge_states(cell, AttentionState(exact.out.to(cell.out.dtype), exact.lse.to(cell.lse.dtype)))
+    bias = bias.to(centres.dtype)
+    return AttentionState(*_Expansion.apply(query, key, value, centres, bias, own, block, shown, joins, kept, scale))
 
 
 class _Expansion(torch.autograd.Function):
-    """Keeps queries, keys and values alone: gradients go through the sums once more."""
+    """Keeps what it was given and what it gave: gradients go through the sums once more."""
 
     @staticmethod
     def forward(
@@ -342,43 +337,44 @@ class _Expansion(torch.autograd.Function):
         block: int,
         shown: Tensor,
         joins: Tensor | None,
+        kept: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         with exactly(query.device):
             if _fits(query, centres):
-                tensors = _for_compiled(query, key, value, centres, bias, own, shown, joins)
+                tensors = _for_compiled(query, key, value, centres, bias, own, shown, joins, kept)
                 return expand(**tensors, block=block, scale=scale)
-            return _state(query, key, value, centres, bias, own, block, shown, joins, scale)
+            return _state(query, key, value, centres, bias, own, block, shown, joins, kept, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        query, key, value, centres, bias, own, ctx.block, shown, joins, ctx.scale = inputs
-        ctx.save_for_backward(query, key, value, centres, bias, own, shown, joins)
+        query, key, value, centres, bias, own, ctx.block, shown, joins, kept, ctx.scale = inputs
+        ctx.save_for_backward(query, key, value, centres, bias, own, shown, joins, kept, *output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, centres, bias, own, shown, joins = ctx.saved_tensors
+        query, key, value, centres, bias, own, shown, joins, kept, out, lse = ctx.saved_tensors
         given = (query, key, value)
         if _fits(query, centres):
-            tensors = _for_compiled(*given, centres, bias, own, shown, joins)
-            found = expand_backward(upstream[0], upstream[1], **tensors, block=ctx.block, scale=ctx.scale)
+            tensors = _for_compiled(*given, centres, bias, own, shown, joins, kept)
+            found = expand_backward(*upstream, out, lse, **tensors, block=ctx.block, scale=ctx.scale)
             grads = tuple(grad.to(x.dtype) for grad, x in zip(found, given, strict=True))
-            return *grads, *[None] * 7
+            return *grads, *[None] * 8
         with torch.enable_grad(), exactly(centres.device):
             given = tuple(x.detach().requires_grad_() for x in given)
-            out, lse = _state(*given, centres, bias, own, ctx.block, shown, joins, ctx.scale)
-            grads = torch.autograd.grad((out, lse), given, upstream, allow_unused=True)
-        return *grads, *[None] * 7
+            again = _state(*given, centres, bias, own, ctx.block, shown, joins, kept, ctx.scale)
+            grads = torch.autograd.grad(again, given, upstream, allow_unused=True)
+        return *grads, *[None] * 8
 
 
 def _for_compiled(
     query: Tensor, key: Tensor, value: Tensor, centres: Tensor, bias: Tensor, own: Tensor, shown: Tensor,
-    joins: Tensor | None,
+    joins: Tensor | None, kept: Tensor | None,
 ) -> dict[str, Any]:  # fmt: skip
     q, k, v = (x.float() for x in (query, key, value))
-    more = {"centres": centres, "bias": bias, "own": own, "shown": shown.expand(len(q), -1), "joins": joins}
-    return {"query": q, "key": k, "value": v, **more}
+    of_tokens = {"shown": shown.expand(len(q), -1), "joins": joins, "kept": kept}
+    return {"query": q, "key": k, "value": v, "centres": centres, "bias": bias, "own": own, **of_tokens}
 
 
 def _fits(query: Tensor, centres: Tensor) -> bool:
@@ -397,9 +393,10 @@ def _state(
     block: int,
     shown: Tensor,
     joins: Tensor | None,
+    kept: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The cell in torch, a run of blocks at a time; ``shown`` [B or 1, N] bool, ``joins`` of :func:`sift`."""
+    """The same in torch, a run of blocks at a time; ``shown`` [B or 1, N] bool, ``joins`` and ``kept`` of sift."""
     length, wide = query.shape[2], centres.dtype
     units = -(-length // block)
     if joins is None:
@@ -434,10 +431,11 @@ def _state(
             score.append(of_run[1])
         outs.append(torch.cat(out, 2))
         scores.append(torch.cat(score, 2))
-    return (
-        torch.cat(outs, 1).flatten(2, 3)[:, :, :length],
-        torch.cat(scores, 1).flatten(2, 3)[:, :, :length],
-    )
+    cell = AttentionState(*(torch.cat(x, 1).flatten(2, 3)[:, :, :length] for x in (outs, scores)))
+    if kept is None:
+        return tuple(cell)
+    exact = _read(query, key, value, kept, own, block, scale)
+    return tuple(merge_states(cell, AttentionState(exact.out.to(wide), exact.lse.to(wide))))
 
 
 def _nothing(like: Tensor, centres: Tensor) -> Moments:

@@ -21,13 +21,13 @@ class Expansion(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "query", "key", "value", "centres", "bias", "own", "shown", "joins", "out", "lse", "grad_out",
-                "grad_lse", "grad_query", "grad_key", "grad_value",
+                "query", "key", "value", "centres", "bias", "own", "shown", "joins", "kept", "out", "lse",
+                "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value",
             )
         ),
         *(
             (name, ctypes.c_int64)
-            for name in ("batch", "heads", "shared", "length", "dim", "number", "block", "parts", "threads")
+            for name in ("batch", "heads", "shared", "length", "dim", "number", "block", "open", "parts", "threads")
         ),
         ("scale", ctypes.c_float),
     )  # fmt: skip
@@ -80,6 +80,7 @@ class _Prepared:
         own: Tensor,
         shown: Tensor,
         joins: Tensor | None,
+        kept: Tensor | None,
         block: int,
         scale: float,
     ) -> None:
@@ -89,13 +90,14 @@ class _Prepared:
                 raise TypeError(
                     f"the compiled expansion was given {x.dtype} on {x.device}, it reads float32 on the CPU"
                 )
-        given += [own, shown] + ([] if joins is None else [joins])
+        given += [own, shown] + ([] if joins is None or kept is None else [joins, kept])
         self.kept = [x.contiguous() for x in given]
-        names = ("query", "key", "value", "centres", "bias", "own", "shown", "joins")
+        names = ("query", "key", "value", "centres", "bias", "own", "shown", "joins", "kept")
         self.call = Expansion(
             **{name: pointer(x) for name, x in zip(names, self.kept, strict=False)}, batch=query.shape[0],
             heads=query.shape[1], shared=key.shape[1], length=query.shape[2], dim=query.shape[3],
-            number=centres.shape[1], block=block, parts=1, threads=torch.get_num_threads(), scale=scale,
+            number=centres.shape[1], block=block, open=0 if kept is None else kept.shape[-1], parts=1,
+            threads=torch.get_num_threads(), scale=scale,
         )  # fmt: skip
 
 
@@ -109,16 +111,17 @@ def expand(
     own: Tensor,
     shown: Tensor,
     joins: Tensor | None,
+    kept: Tensor | None,
     block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, H, N, D] and lse [B, H, N] for the centres ``own`` [B, H, N]; float32 on the CPU.
 
     ``query`` is [B, H, N, D], ``key`` and ``value`` [B, Hkv, N, D], ``centres`` [H, C, D], ``bias`` [H], ``shown``
-    [B, N] bool, ``joins`` of :func:`sift`, None where nothing is kept out. D is a multiple of the width that the
-    library works in (32 numbers serve everywhere).
+    [B, N] bool, ``joins`` and ``kept`` of :func:`sift`, None where nothing is kept out of the cell. D is a multiple of
+    the width that the library works in (32 numbers serve everywhere).
     """
-    prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, block, scale)
+    prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, kept, block, scale)
     out, lse = empty(query.shape, torch.float32), query.new_empty(query.shape[:3])
     prepared.call.out, prepared.call.lse = pointer(out), pointer(lse)
     check(library().farfield_expand(ctypes.byref(prepared.call)))
@@ -134,6 +137,8 @@ def _(query: Tensor, *args: object, **more: object) -> tuple[Tensor, Tensor]:
 def expand_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -142,18 +147,20 @@ def expand_backward(
     own: Tensor,
     shown: Tensor,
     joins: Tensor | None,
+    kept: Tensor | None,
     block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from those of what :func:`expand` gives."""
-    prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, block, scale)
-    of_out, of_lse = grad_out.contiguous(), grad_lse.contiguous()
+    """Gradients of query, key and value from those of what :func:`expand` gave, ``out`` and ``lse``."""
+    prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, kept, block, scale)
+    of_out, of_lse, out, lse = (x.contiguous() for x in (grad_out, grad_lse, out, lse))
     # So many tasks that threads have work for equal times; how many does not hang on the threads, so that sums repeat.
     parts = min(centres.shape[1], max(1, 8 // (query.shape[0] * query.shape[1])))
     of_query = zeros(query.shape, torch.float32)
     of_key, of_value = (zeros((parts, *query.shape), torch.float32) for _ in range(2))
     call = prepared.call
-    call.grad_out, call.grad_lse, call.parts = pointer(of_out), pointer(of_lse), parts
+    call.out, call.lse, call.parts = pointer(out), pointer(lse), parts
+    call.grad_out, call.grad_lse = pointer(of_out), pointer(of_lse)
     call.grad_query, call.grad_key, call.grad_value = pointer(of_query), pointer(of_key), pointer(of_value)
     check(library().farfield_expand_backward(ctypes.byref(call)))
     shared = (key.shape[1], -1)
@@ -163,8 +170,9 @@ def expand_backward(
 
 @expand_backward.register_fake
 def _(
-    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: object, **more: object
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    *args: object, **more: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

@@ -1602,8 +1602,9 @@ extern "C" int farfield_step(const Step* step) {
 
 // Expansions ---------------------------------------------------------------------------------------------------------
 
-// Everything that lies two blocks and more before a query's block, about the centre that is the query's own: see
-// farfield/ops/expansion.py. Sums are in units of exp(peak), the largest score so far: nothing hangs on later tokens.
+// Everything that lies two blocks and more before a query's block: a cell about the centre that is the query's own, and the
+// tokens that this centre keeps out of it, in one softmax; see farfield/ops/expansion.py. Sums are in units of exp(peak),
+// the largest score so far: nothing hangs on later tokens.
 struct Expansion {
   const float *query, *key, *value;  // [batch, heads, N, D]; [batch, shared, N, D]
   const float *centres, *bias;       // [heads, number, D]; [heads]
@@ -1612,16 +1613,20 @@ struct Expansion {
   const int64_t* joins;              // [batch, heads, units, number, block] tokens that the sums of a unit (a block of
                                      // queries) have and those of the one before had not; negative: none. Null: all
                                      // shown ones of the block two before
-  float *out, *lse;                  // [batch, heads, N, D], [batch, heads, N]
+  const int64_t* kept;               // [batch, heads, units, number, open] tokens that are read exactly; negative: none
+  float *out, *lse;                  // [batch, heads, N, D], [batch, heads, N]; backward reads them
   const float *grad_out, *grad_lse;
-  float *grad_query, *grad_key, *grad_value;  // [batch, heads, N, D], [parts, batch, heads, N, D]
-  int64_t batch, heads, shared, length, dim, number, block, parts, threads;
+  float *grad_query, *grad_key, *grad_value;  // [batch, heads, N, D], [parts, batch, heads, N, D]; 0 at first
+  int64_t batch, heads, shared, length, dim, number, block, open, parts, threads;
   float scale;
 };
 
 struct Expander {
   const Expansion& c;
-  std::vector<float> rows, keys, values, about, score, weighed, apart, made, fresh;
+  const int64_t step;  // from one query's scores of tokens kept to the next one's: no power of two
+  std::vector<float> held, fresh;  // of all tokens so far, and of those that join: of k v' row by row, of keys, of values
+  float *const rows, *const keys, *const values;  // the parts of the former
+  std::vector<float> about, score, weight, weighed, apart, made, exact, grad_exact, more;
   std::vector<const float*> row, read;
   std::vector<float*> written;
   std::vector<int64_t> asked, token;
@@ -1629,61 +1634,91 @@ struct Expander {
   std::vector<float> past, back;  // normalised sums of every unit; their gradients, summed from the last unit on
 
   explicit Expander(const Expansion& call)
-      : c(call), rows(call.dim * call.dim), keys(call.dim), values(call.dim), about(call.dim),
-        weighed(call.block * call.dim), apart(call.block * call.dim), made(call.block * call.dim),
-        fresh((call.dim + 2) * call.dim) {
-    if (call.grad_out) past.resize(units() * size()), back.resize(size());
+      : c(call), step(up_to(call.open, PANEL) + LANES), held((call.dim + 2) * call.dim), fresh(held.size()),
+        rows(held.data()), keys(rows + call.dim * call.dim), values(keys + call.dim), about(call.dim),
+        score(up_to(call.block, LANES)), weight(score.size()), weighed(call.block * call.dim), apart(weighed.size()),
+        made(weighed.size()), exact(call.block * step) {
+    if (!call.grad_out) return;
+    past.resize(units() * size()), back.resize(size());
+    grad_exact.resize(exact.size()), more.resize(made.size());
   }
 
   int64_t units() const { return (c.length + c.block - 1) / c.block; }
   int64_t size() const { return (c.dim + 2) * c.dim + 1; }  // of k v' row by row, keys, values, and one number
 
-  // The tokens that join at unit u, and where their keys and values lie.
-  void find(int64_t b, int64_t h, int64_t centre, int64_t u) {
-    const int64_t of = (b * c.shared + h / (c.heads / c.shared)) * c.length;
-    const int64_t* const listed = c.joins ? c.joins + (((b * c.heads + h) * units() + u) * c.number + centre) * c.block : nullptr;
-    token.clear(), row.clear(), read.clear();
-    if (u < 2) return;
-    for (int64_t i = 0; i < c.block; i++) {
-      const int64_t j = listed ? listed[i] : (u - 2) * c.block + i;
-      if (j < 0 || !c.shown[b * c.length + j]) continue;
-      token.push_back(j), row.push_back(c.key + (of + j) * c.dim), read.push_back(c.value + (of + j) * c.dim);
+  // The place of a table [batch, heads, units, number, ..].
+  int64_t entry(int64_t b, int64_t h, int64_t centre, int64_t u) const {
+    return ((b * c.heads + h) * units() + u) * c.number + centre;
+  }
+
+  // Takes up those of ``count`` tokens (or of as many from ``first`` on) that are there and shown.
+  void take(int64_t b, int64_t h, const int64_t* listed, int64_t first, int64_t count, const uint8_t* shown) {
+    const int64_t dim = c.dim, at = (b * c.shared + h / (c.heads / c.shared)) * c.length * dim;
+    const float *const keys = c.key + at, *const values = c.value + at;
+    int64_t n = 0;
+    token.resize(count), row.resize(up_to(count, LANES)), read.resize(row.size());
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t j = listed ? listed[i] : first + i;
+      if (j < 0 || (shown && !shown[j])) continue;
+      token[n] = j, row[n] = keys + j * dim, read[n++] = values + j * dim;
     }
-    if (!row.empty()) products(about.data(), row, c.dim, score);
+    token.resize(n);
+    for (int64_t i = n; n && i < up_to(n, LANES); i++) row[i] = row[n - 1], read[i] = read[n - 1];
+  }
+
+  // to[k][i] = x[k] . from[i] of some rows x and the tokens taken up, in whole vectors.
+  void cross(const float* x, int64_t rows, const std::vector<const float*>& from, float* to, int64_t step) const {
+    for (size_t i = 0; i < token.size(); i += LANES) dots(x, rows, &from[i], c.dim, to + i, step);
+  }
+
+  // The tokens that join at unit u, and their scores at the centre, -inf behind the last.
+  void find(int64_t b, int64_t h, int64_t centre, int64_t u) {
+    token.clear();
+    if (u < 2) return;
+    const int64_t* const listed = c.joins ? c.joins + entry(b, h, centre, u) * c.block : nullptr;
+    take(b, h, listed, (u - 2) * c.block, c.block, c.shown + b * c.length);
+    cross(about.data(), 1, row, score.data(), 0);
+    for (int64_t i = token.size(); i < up_to(token.size(), LANES); i++) score[i] = NONE;
+  }
+
+  // The tokens that the centre keeps for the queries asked of unit u; how many there are.
+  int64_t find_kept(int64_t b, int64_t h, int64_t centre, int64_t u) {
+    token.clear();
+    if (c.kept && !asked.empty()) take(b, h, c.kept + entry(b, h, centre, u) * c.open, 0, c.open, nullptr);
+    return token.size();
   }
 
   // Adds the tokens that were found.
   void absorb() {
     const int64_t n = token.size();
     if (!n) return;
+    Vector largest = all(peak);
+    for (int64_t j = 0; j < n; j += LANES) {
+      const Vector s = load(&score[j]);
+      largest = s > largest || s != s ? s : largest;
+    }
     float most = peak;
-    for (int64_t j = 0; j < n; j++) most = score[j] > most || score[j] != score[j] ? score[j] : most;
+    for (int e = 0; e < LANES; e++) most = largest[e] > most || largest[e] != largest[e] ? largest[e] : most;
     if (most == NONE) return;  // no weight at all
     if (!(most == peak)) {
       const float factor = peak == NONE ? 0.0f : std::exp(peak - most);
-      for (float& x : rows) x *= factor;
-      for (int64_t d = 0; d < c.dim; d++) keys[d] *= factor, values[d] *= factor;
+      for (float& x : held) x *= factor;
       mass *= factor, peak = most;
     }
     // A block's sums by themselves, then added once: sums over all tokens one by one would lose digits with the length.
     std::fill(fresh.begin(), fresh.end(), 0.0f);
     float* const of_keys = fresh.data() + c.dim * c.dim;
     float* const of_values = of_keys + c.dim;
-    float whole = 0.0f;
-    for (int64_t j = 0; j < n; j++) {
-      const float w = std::exp(score[j] - peak);
-      float* const to = weighed.data() + j * c.dim;
-      whole += w;
-      for (int64_t d = 0; d < c.dim; d++) {
-        to[d] = w * row[j][d];
-        of_keys[d] += to[d];
-        of_values[d] += w * read[j][d];
-      }
-    }
+    for (int64_t j = 0; j < n; j += LANES) put(&weight[j], exp2_of((load(&score[j]) - all(peak)) * all(LOG2E)));
+    for (int64_t j = 0, dim = c.dim; j < n; j++)
+      for (int64_t d = 0; d < dim; d += LANES) put(&weighed[j * dim + d], all(weight[j]) * load(row[j] + d));
     add_outer(weighed.data(), read.data(), n, fresh.data());
+    mix(weight.data(), 1, 0, row.data(), n, of_keys, c.dim);
+    mix(weight.data(), 1, 0, read.data(), n, of_values, c.dim);
+    float whole = 0.0f;  // in the order of the sums that are divided by it: then roundings cancel
+    for (int64_t j = 0; j < n; j++) whole += weight[j];
     mass += whole;
-    for (int64_t d = 0; d < c.dim; d++) keys[d] += of_keys[d], values[d] += of_values[d];
-    for (size_t i = 0; i < rows.size(); i++) rows[i] += fresh[i];
+    for (size_t i = 0; i < held.size(); i++) held[i] += fresh[i];
   }
 
   // into[d][..] += sum over n of x[k][d] y[k][..]; all D wide.
@@ -1714,15 +1749,19 @@ struct Expander {
     const int64_t of = (b * c.heads + h) * c.length, to = std::min(c.length, (u + 1) * c.block);
     asked.clear();
     for (int64_t i = u * c.block; i < to; i++)
-      if (c.own[of + i] == centre) asked.push_back(i);
+      if (c.own[of + i] == centre) {
+        asked.push_back(i);
+        for (int64_t d = 0; d < c.dim; d += 16) __builtin_prefetch(c.query + (of + i) * c.dim + d);
+      }
   }
 
+  // What the queries asked get from the cell: out in ``made``, lse in ``c.lse``.
   void answer(int64_t b, int64_t h, int64_t centre) {
-    const int64_t of = (b * c.heads + h) * c.length;
+    const int64_t of = (b * c.heads + h) * c.length, n = asked.size();
     const float* const about_ = c.centres + (h * c.number + centre) * c.dim;
-    const int64_t n = asked.size();
     if (mass == 0.0f) {
-      for (const int64_t i : asked) std::memset(c.out + (of + i) * c.dim, 0, c.dim * 4), c.lse[of + i] = NONE;
+      std::fill(made.begin(), made.begin() + n * c.dim, 0.0f);
+      for (const int64_t i : asked) c.lse[of + i] = NONE;
       return;
     }
     row.resize(n), written.resize(n);
@@ -1736,27 +1775,106 @@ struct Expander {
       c.lse[of + asked[k]] = std::log(mass) + peak + common + c.bias[h];
       row[k] = x, written[k] = y;
     }
-    multiply(n, rows.data());
+    multiply(n, rows);
     for (int64_t k = 0; k < n; k++)
-      for (int64_t d = 0; d < c.dim; d++) c.out[(of + asked[k]) * c.dim + d] = written[k][d] / mass;
+      for (int64_t d = 0; d < c.dim; d++) written[k][d] /= mass;
+  }
+
+  // Copies queries that asked, times a factor.
+  void copy(const float* from, int64_t of, float factor, float* to) const {
+    for (size_t k = 0; k < asked.size(); k++)
+      for (int64_t d = 0; d < c.dim; d++) to[k * c.dim + d] = from[(of + asked[k]) * c.dim + d] * factor;
+  }
+
+  // Adds what the centre keeps to the answers, in the same softmax, and writes them.
+  void finish(int64_t b, int64_t h, int64_t centre, int64_t u) {
+    const int64_t of = (b * c.heads + h) * c.length, queries = asked.size();
+    const int64_t n = find_kept(b, h, centre, u);
+    if (n) {
+      copy(c.query, of, c.scale, apart.data());
+      cross(apart.data(), queries, row, exact.data(), step);
+      for (int64_t k = 0; k < queries; k++) {
+        float *const scores = exact.data() + k * step, *const out = made.data() + k * c.dim, &lse = c.lse[of + asked[k]];
+        const float cell = lse;
+        for (int64_t i = n; i < up_to(n, LANES); i++) scores[i] = NONE;
+        Vector most = all(cell), sum{};
+        for (int64_t i = 0; i < n; i += LANES) {
+          const Vector s = load(scores + i);
+          most = s > most ? s : most;
+        }
+        float top = cell;
+        for (int e = 0; e < LANES; e++) top = most[e] > top ? most[e] : top;
+        const float shift = top == NONE ? 0.0f : top, shrink = std::exp(cell - shift);
+        for (int64_t i = 0; i < n; i += LANES) {
+          const Vector w = exp2_of((load(scores + i) - all(shift)) * all(LOG2E));
+          sum += w;
+          put(scores + i, w);
+        }
+        float total = shrink;
+        for (int e = 0; e < LANES; e++) total += sum[e];
+        const float over = total == 0.0f ? 0.0f : 1.0f / total;
+        for (int64_t i = 0; i < n; i += LANES) put(scores + i, load(scores + i) * all(over));
+        for (int64_t d = 0; d < c.dim; d++) out[d] *= shrink * over;
+        lse = total == 0.0f ? NONE : std::log(total) + shift;
+      }
+      mix(exact.data(), queries, step, read.data(), n, made.data(), c.dim);
+    }
+    for (int64_t k = 0; k < queries; k++) std::copy_n(made.data() + k * c.dim, c.dim, c.out + (of + asked[k]) * c.dim);
   }
 
   void begin(int64_t h, int64_t centre) {
     for (int64_t d = 0; d < c.dim; d++) about[d] = c.centres[(h * c.number + centre) * c.dim + d] * c.scale;
-    std::fill(rows.begin(), rows.end(), 0.0f);
-    std::fill(keys.begin(), keys.end(), 0.0f);
-    std::fill(values.begin(), values.end(), 0.0f);
+    std::fill(held.begin(), held.end(), 0.0f);
     peak = NONE, mass = 0.0f;
   }
 
   void run(int64_t b, int64_t h, int64_t centre) {
     begin(h, centre);
     for (int64_t u = 0; u < units(); u++) {
+      ask(b, h, centre, u);  // first, so that queries are on their way meanwhile
       find(b, h, centre, u);
       absorb();
-      ask(b, h, centre, u);
       answer(b, h, centre);
+      finish(b, h, centre, u);
     }
+  }
+
+  // The gradient of the score of whatever query i reads: its weight times (what comes up . its value, less this).
+  float delta(int64_t i) const {
+    float sum = -c.grad_lse[i];
+    for (int64_t d = 0; d < c.dim; d++) sum += c.grad_out[i * c.dim + d] * c.out[i * c.dim + d];
+    return sum;
+  }
+
+  // Gradients of the tokens that the centre keeps for unit u, and what the queries asked get from them.
+  void finish_backward(int64_t b, int64_t h, int64_t centre, int64_t u, float* grad_key, float* grad_value) {
+    const int64_t of = (b * c.heads + h) * c.length, queries = asked.size();
+    const int64_t n = find_kept(b, h, centre, u);
+    if (!n) return;
+    copy(c.query, of, c.scale, apart.data()), copy(c.grad_out, of, 1.0f, weighed.data());
+    cross(apart.data(), queries, row, exact.data(), step);
+    cross(weighed.data(), queries, read, grad_exact.data(), step);
+    for (int64_t k = 0; k < queries; k++) {
+      float *const s = exact.data() + k * step, *const t = grad_exact.data() + k * step;
+      const float x = c.lse[of + asked[k]];
+      const Vector most = all(x == NONE ? -NONE : x), less = all(delta(of + asked[k]));
+      for (int64_t i = 0; i < n; i += LANES) {
+        // No weight is above 1, but scores of 1e5 are rounded so far that their difference can say so.
+        const Vector y = (load(s + i) - most) * all(LOG2E), w = exp2_of(y > Vector{} ? Vector{} : y);
+        put(s + i, w);
+        put(t + i, w * (load(t + i) - less));
+      }
+    }
+    std::fill(more.begin(), more.begin() + queries * c.dim, 0.0f);
+    mix(grad_exact.data(), queries, step, row.data(), n, more.data(), c.dim);
+    for (int64_t k = 0; k < queries; k++)
+      for (int64_t d = 0; d < c.dim; d++)
+        c.grad_query[(of + asked[k]) * c.dim + d] += c.scale * more[k * c.dim + d];
+    written.resize(n);
+    for (int64_t i = 0; i < n; i++) written[i] = grad_value + token[i] * c.dim;
+    spread(exact.data(), queries, step, weighed.data(), written.data(), n, c.dim);
+    for (int64_t i = 0; i < n; i++) written[i] = grad_key + token[i] * c.dim;
+    spread(grad_exact.data(), queries, step, apart.data(), written.data(), n, c.dim);
   }
 
   // With m the mass, M, V, K the sums of k v', v and k over it, and L = log(m) + peak:
@@ -1765,20 +1883,21 @@ struct Expander {
   void run_backward(int64_t b, int64_t h, int64_t centre, int64_t part) {
     begin(h, centre);
     const int64_t square = c.dim * c.dim, of = (b * c.heads + h) * c.length;
+    float* const grad_key = c.grad_key + (part * c.batch * c.heads * c.length + of) * c.dim;
+    float* const grad_value = c.grad_value + (part * c.batch * c.heads * c.length + of) * c.dim;
     for (int64_t u = 0; u < units(); u++) {
       find(b, h, centre, u);
       absorb();
+      ask(b, h, centre, u);
+      finish_backward(b, h, centre, u, grad_key, grad_value);
       float* const to = past.data() + u * size();
       const float over = mass == 0.0f ? 0.0f : 1.0f / mass;
-      for (int64_t i = 0; i < square; i++) to[i] = rows[i] * over;
-      for (int64_t d = 0; d < c.dim; d++) to[square + d] = keys[d] * over, to[square + c.dim + d] = values[d] * over;
-      to[square + 2 * c.dim] = mass == 0.0f ? NONE : std::log(mass) + peak;
+      for (size_t i = 0; i < held.size(); i++) to[i] = held[i] * over;
+      to[held.size()] = mass == 0.0f ? NONE : std::log(mass) + peak;
     }
     std::fill(back.begin(), back.end(), 0.0f);
     float *const of_keys = back.data() + square, *const of_values = of_keys + c.dim, *const of_score = of_values + c.dim;
     const float* const about_ = c.centres + (h * c.number + centre) * c.dim;
-    float* const grad_key = c.grad_key + (part * c.batch * c.heads * c.length + of) * c.dim;
-    float* const grad_value = c.grad_value + (part * c.batch * c.heads * c.length + of) * c.dim;
     for (int64_t u = units() - 1; u >= 0; u--) {
       const float* const sums = past.data() + u * size();
       const float *const key = sums + square, *const value = key + c.dim, level = sums[square + 2 * c.dim];
@@ -1790,29 +1909,30 @@ struct Expander {
       ask(b, h, centre, u);
       const int64_t n = asked.size();
       read.resize(n);
-      for (int64_t k = 0; k < n; k++) {
-        const float* const query = c.query + (of + asked[k]) * c.dim;
-        for (int64_t d = 0; d < c.dim; d++) {
-          apart[k * c.dim + d] = (query[d] - about_[d]) * c.scale;
-          weighed[k * c.dim + d] = c.grad_out[(of + asked[k]) * c.dim + d];
-        }
-        read[k] = weighed.data() + k * c.dim;
-      }
+      copy(c.query, of, 1.0f, apart.data()), copy(c.grad_out, of, 1.0f, weighed.data());
       multiply_rows(weighed.data(), n, sums, made.data());
-      add_outer(apart.data(), read.data(), n, back.data());
       for (int64_t k = 0; k < n; k++) {
-        const float *const x = apart.data() + k * c.dim, *const given = read[k], of_lse = c.grad_lse[of + asked[k]];
+        float *const x = apart.data() + k * c.dim, *const given = weighed.data() + k * c.dim;
         const float* const moved = made.data() + k * c.dim;
         float common = 0.0f, along = 0.0f, whole = 0.0f;
-        for (int64_t d = 0; d < c.dim; d++) common += x[d] * key[d], along += given[d] * value[d], whole += x[d] * moved[d];
-        const float turn = of_lse - along;
         for (int64_t d = 0; d < c.dim; d++) {
-          c.grad_query[(of + asked[k]) * c.dim + d] = c.scale * (moved[d] + turn * key[d]);
+          x[d] = (x[d] - about_[d]) * c.scale;
+          common += x[d] * key[d], along += given[d] * value[d], whole += x[d] * moved[d];
+        }
+        // The share of the cell beside what is read exactly: its gradients are those of the whole, times it.
+        const float less = level + common + c.bias[h] - c.lse[of + asked[k]], share = std::exp(less > 0.0f ? 0.0f : less);
+        const float inside = whole + (1.0f - common) * along, of_lse = share * (inside - delta(of + asked[k]));
+        const float turn = of_lse - share * along;
+        for (int64_t d = 0; d < c.dim; d++) {
+          c.grad_query[(of + asked[k]) * c.dim + d] += c.scale * (share * moved[d] + turn * key[d]);
+          given[d] *= share;
           of_keys[d] += turn * x[d];
           of_values[d] += (1.0f - common) * given[d];
         }
-        *of_score += of_lse - whole - (1.0f - common) * along - common * turn;
+        *of_score += of_lse - share * inside - common * turn;
+        read[k] = given;
       }
+      add_outer(apart.data(), read.data(), n, back.data());
       find(b, h, centre, u);
       const int64_t joined = token.size();
       if (!joined) continue;
@@ -1888,6 +2008,18 @@ struct Sift {
   float scale;
 };
 
+// The least of n numbers, those that are none aside; behind the last there are larger ones to a whole vector.
+static float least_of(const float* x, int64_t n) {
+  Vector least = all(-NONE);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const Vector s = load(x + i);
+    least = s < least ? s : least;
+  }
+  float found = least[0];
+  for (int e = 1; e < LANES; e++) found = least[e] < found ? least[e] : found;
+  return found;
+}
+
 extern "C" int farfield_sift(const Sift* sift) {
   return guarded([=] {
     const Sift& c = *sift;
@@ -1897,43 +2029,38 @@ extern "C" int farfield_sift(const Sift* sift) {
       try {
         const int64_t b = i / c.number / c.heads, h = i / c.number % c.heads, centre = i % c.number;
         const float* const key = c.key + (b * c.shared + h / (c.heads / c.shared)) * c.length * c.dim;
-        std::vector<float> about(c.dim), fresh, score;
+        std::vector<float> about(c.dim), fresh, score(up_to(c.open + c.block, LANES), -NONE);
         std::vector<const float*> row;
-        std::vector<int64_t> token, place(c.open);
-        std::vector<int32_t> order(up_to(c.open + c.block, LANES));
+        std::vector<int64_t> token(c.open + c.block), place;
+        int64_t had = 0;
         for (int64_t d = 0; d < c.dim; d++) about[d] = c.centres[(h * c.number + centre) * c.dim + d] * c.scale;
         for (int64_t u = 0; u < c.units; u++) {
           const int64_t at = ((b * c.heads + h) * c.units + u) * c.number + centre;
           int64_t *const kept = c.kept + at * c.open, *const joins = c.joins + at * c.block;
-          int64_t joined = 0;
-          if (u >= 2) {
-            row.clear();
-            for (int64_t j = (u - 2) * c.block; j < std::min(c.length, (u - 1) * c.block); j++)
-              if (c.shown[b * c.length + j]) row.push_back(key + j * c.dim), token.push_back(j);
-            const int64_t n = row.size();
-            if (n) products(about.data(), row, c.dim, fresh);
-            // Of those without weight no list has any, and a full list none that are no larger than its least.
-            const int64_t had = score.size();
-            const float least = had < c.open || had == 0 ? NONE : *std::min_element(score.begin(), score.end());
-            int64_t next = had;
-            for (int64_t j = 0; j < n; j++) {
-              const int64_t of = token[had + j];
-              if (fresh[j] <= least) joins[joined++] = of;
-              else token[next++] = of, score.push_back(fresh[j]);
-            }
-            token.resize(next);
+          int64_t joined = 0, next = had;
+          row.clear(), place.clear();
+          for (int64_t j = (u - 2) * c.block; u >= 2 && j < std::min(c.length, (u - 1) * c.block); j++)
+            if (c.shown[b * c.length + j]) row.push_back(key + j * c.dim), place.push_back(j);
+          if (!row.empty()) products(about.data(), row, c.dim, fresh);
+          // Of those without weight no list has any, and a full list none that are no larger than its least.
+          const float least = had < c.open ? NONE : least_of(score.data(), had);
+          for (size_t j = 0; j < row.size(); j++) {
+            if (fresh[j] <= least) joins[joined++] = place[j];
+            else token[next] = place[j], score[next++] = fresh[j];
           }
-          if ((int64_t)token.size() > c.open) {
-            const int64_t found = largest(score.data(), token.size(), c.open, order.data(), place.data());
-            int64_t next = 0;
-            for (int64_t j = 0; j < (int64_t)token.size(); j++) {
-              if (next < found && place[next] == j) token[next] = token[j], score[next] = score[j], next++;
-              else joins[joined++] = token[j];
-            }
-            token.resize(next), score.resize(next);
+          for (; next > c.open; next--) {
+            const float lowest = least_of(score.data(), next);
+            int64_t i = next - 1;
+            while (i > 0 && score[i] != lowest) i--;  // of equal ones the last
+            int64_t to = joined++;
+            for (; to > 0 && joins[to - 1] > token[i]; to--) joins[to] = joins[to - 1];
+            joins[to] = token[i];
+            std::copy(&token[i] + 1, token.data() + next, &token[i]);
+            std::copy(&score[i] + 1, score.data() + next, &score[i]);
+            score[next - 1] = -NONE;
           }
-          std::sort(joins, joins + joined);
-          std::fill(std::copy(token.begin(), token.end(), kept), kept + c.open, -1);
+          had = next;
+          std::fill(std::copy_n(token.begin(), had, kept), kept + c.open, -1);
           std::fill(joins + joined, joins + c.block, -1);
         }
       } catch (...) {
