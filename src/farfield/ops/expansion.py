@@ -315,12 +315,8 @@ def expansion_state(
         shown = shown & key_mask
     with torch.no_grad(), exactly(query.device):
         own = nearest(query.to(centres.dtype), centres)
-        units = -(-query.shape[2] // block)
-        kept, joins = (
-            sift(key, centres, shown, block=block, open=open, scale=scale, units=units) if open else (None, None)
-        )
     bias = bias.to(centres.dtype)
-    return AttentionState(*_Expansion.apply(query, key, value, centres, bias, own, block, shown, joins, kept, scale))
+    return AttentionState(*_Expansion.apply(query, key, value, centres, bias, own, shown, block, open, scale))
 
 
 class _Expansion(torch.autograd.Function):
@@ -334,47 +330,45 @@ class _Expansion(torch.autograd.Function):
         centres: Tensor,
         bias: Tensor,
         own: Tensor,
-        block: int,
         shown: Tensor,
-        joins: Tensor | None,
-        kept: Tensor | None,
+        block: int,
+        open: int,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         with exactly(query.device):
             if _fits(query, centres):
-                tensors = _for_compiled(query, key, value, centres, bias, own, shown, joins, kept)
-                return expand(**tensors, block=block, scale=scale)
-            return _state(query, key, value, centres, bias, own, block, shown, joins, kept, scale)
+                tensors = _for_compiled(query, key, value, centres, bias, own, shown)
+                return expand(**tensors, block=block, open=open, scale=scale)
+            return _state(query, key, value, centres, bias, own, shown, block, open, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        query, key, value, centres, bias, own, ctx.block, shown, joins, kept, ctx.scale = inputs
-        ctx.save_for_backward(query, key, value, centres, bias, own, shown, joins, kept, *output)
+        *tensors, ctx.block, ctx.open, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, centres, bias, own, shown, joins, kept, out, lse = ctx.saved_tensors
-        given = (query, key, value)
-        if _fits(query, centres):
-            tensors = _for_compiled(*given, centres, bias, own, shown, joins, kept)
-            found = expand_backward(*upstream, out, lse, **tensors, block=ctx.block, scale=ctx.scale)
+        *given, centres, bias, own, shown, out, lse = ctx.saved_tensors
+        how = {"block": ctx.block, "open": ctx.open, "scale": ctx.scale}
+        if _fits(given[0], centres):
+            tensors = _for_compiled(*given, centres, bias, own, shown)
+            found = expand_backward(*upstream, out, lse, **tensors, **how)
             grads = tuple(grad.to(x.dtype) for grad, x in zip(found, given, strict=True))
-            return *grads, *[None] * 8
+            return *grads, *[None] * 7
         with torch.enable_grad(), exactly(centres.device):
-            given = tuple(x.detach().requires_grad_() for x in given)
-            again = _state(*given, centres, bias, own, ctx.block, shown, joins, kept, ctx.scale)
+            given = [x.detach().requires_grad_() for x in given]
+            again = _state(*given, centres, bias, own, shown, **how)
             grads = torch.autograd.grad(again, given, upstream, allow_unused=True)
-        return *grads, *[None] * 8
+        return *grads, *[None] * 7
 
 
 def _for_compiled(
-    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, bias: Tensor, own: Tensor, shown: Tensor,
-    joins: Tensor | None, kept: Tensor | None,
-) -> dict[str, Any]:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, bias: Tensor, own: Tensor, shown: Tensor
+) -> dict[str, Tensor]:
     q, k, v = (x.float() for x in (query, key, value))
-    of_tokens = {"shown": shown.expand(len(q), -1), "joins": joins, "kept": kept}
-    return {"query": q, "key": k, "value": v, "centres": centres, "bias": bias, "own": own, **of_tokens}
+    shown = shown.expand(len(q), -1)
+    return {"query": q, "key": k, "value": v, "centres": centres, "bias": bias, "own": own, "shown": shown}
 
 
 def _fits(query: Tensor, centres: Tensor) -> bool:
@@ -390,16 +384,18 @@ def _state(
     centres: Tensor,
     bias: Tensor,
     own: Tensor,
-    block: int,
     shown: Tensor,
-    joins: Tensor | None,
-    kept: Tensor | None,
+    block: int,
+    open: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same in torch, a run of blocks at a time; ``shown`` [B or 1, N] bool, ``joins`` and ``kept`` of sift."""
+    """The same in torch, a run of blocks at a time; ``shown`` is [B or 1, N] bool."""
     length, wide = query.shape[2], centres.dtype
     units = -(-length // block)
-    if joins is None:
+    joins: Tensor | None = None
+    if open:
+        kept, joins = sift(key, centres, shown, block=block, open=open, scale=scale, units=units)
+    else:
         # What a block sees as far ends two blocks before it: two empty ones in front put it in the block's own place.
         late = max(0, units - 2) * block
         ahead = min(2, units) * block
@@ -432,7 +428,7 @@ def _state(
         outs.append(torch.cat(out, 2))
         scores.append(torch.cat(score, 2))
     cell = AttentionState(*(torch.cat(x, 1).flatten(2, 3)[:, :, :length] for x in (outs, scores)))
-    if kept is None:
+    if not open:
         return tuple(cell)
     exact = _read(query, key, value, kept, own, block, scale)
     return tuple(merge_states(cell, AttentionState(exact.out.to(wide), exact.lse.to(wide))))

@@ -21,8 +21,8 @@ class Expansion(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "query", "key", "value", "centres", "bias", "own", "shown", "joins", "kept", "out", "lse",
-                "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value",
+                "query", "key", "value", "centres", "bias", "own", "shown", "out", "lse", "grad_out", "grad_lse",
+                "grad_query", "grad_key", "grad_value",
             )
         ),
         *(
@@ -79,24 +79,22 @@ class _Prepared:
         bias: Tensor,
         own: Tensor,
         shown: Tensor,
-        joins: Tensor | None,
-        kept: Tensor | None,
         block: int,
+        open: int,
         scale: float,
     ) -> None:
-        given = [query, key, value, centres, bias]
+        given = (query, key, value, centres, bias)
         for x in given:
             if x.dtype != torch.float32 or x.device.type != "cpu":
                 raise TypeError(
                     f"the compiled expansion was given {x.dtype} on {x.device}, it reads float32 on the CPU"
                 )
-        given += [own, shown] + ([] if joins is None or kept is None else [joins, kept])
-        self.kept = [x.contiguous() for x in given]
-        names = ("query", "key", "value", "centres", "bias", "own", "shown", "joins", "kept")
+        self.kept = [x.contiguous() for x in (*given, own, shown)]
+        names = ("query", "key", "value", "centres", "bias", "own", "shown")
         self.call = Expansion(
-            **{name: pointer(x) for name, x in zip(names, self.kept, strict=False)}, batch=query.shape[0],
+            **{name: pointer(x) for name, x in zip(names, self.kept, strict=True)}, batch=query.shape[0],
             heads=query.shape[1], shared=key.shape[1], length=query.shape[2], dim=query.shape[3],
-            number=centres.shape[1], block=block, open=0 if kept is None else kept.shape[-1], parts=1,
+            number=centres.shape[1], block=block, open=open, parts=1,
             threads=torch.get_num_threads(), scale=scale,
         )  # fmt: skip
 
@@ -110,18 +108,17 @@ def expand(
     bias: Tensor,
     own: Tensor,
     shown: Tensor,
-    joins: Tensor | None,
-    kept: Tensor | None,
     block: int,
+    open: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, H, N, D] and lse [B, H, N] for the centres ``own`` [B, H, N]; float32 on the CPU.
 
     ``query`` is [B, H, N, D], ``key`` and ``value`` [B, Hkv, N, D], ``centres`` [H, C, D], ``bias`` [H], ``shown``
-    [B, N] bool, ``joins`` and ``kept`` of :func:`sift`, None where nothing is kept out of the cell. D is a multiple of
-    the width that the library works in (32 numbers serve everywhere).
+    [B, N] bool; every centre keeps ``open`` tokens out of its cell, as :func:`sift` says. D is a multiple of the width
+    that the library works in (32 numbers serve everywhere).
     """
-    prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, kept, block, scale)
+    prepared = _Prepared(query, key, value, centres, bias, own, shown, block, open, scale)
     out, lse = empty(query.shape, torch.float32), query.new_empty(query.shape[:3])
     prepared.call.out, prepared.call.lse = pointer(out), pointer(lse)
     check(library().farfield_expand(ctypes.byref(prepared.call)))
@@ -146,13 +143,12 @@ def expand_backward(
     bias: Tensor,
     own: Tensor,
     shown: Tensor,
-    joins: Tensor | None,
-    kept: Tensor | None,
     block: int,
+    open: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from those of what :func:`expand` gave, ``out`` and ``lse``."""
-    prepared = _Prepared(query, key, value, centres, bias, own, shown, joins, kept, block, scale)
+    prepared = _Prepared(query, key, value, centres, bias, own, shown, block, open, scale)
     of_out, of_lse, out, lse = (x.contiguous() for x in (grad_out, grad_lse, out, lse))
     # So many tasks that threads have work for equal times; how many does not hang on the threads, so that sums repeat.
     parts = min(centres.shape[1], max(1, 8 // (query.shape[0] * query.shape[1])))

@@ -1602,6 +1602,66 @@ extern "C" int farfield_step(const Step* step) {
 
 // Expansions ---------------------------------------------------------------------------------------------------------
 
+// The least of n numbers, those that are none aside; behind the last there are larger ones to a whole vector.
+static float least_of(const float* x, int64_t n) {
+  Vector least = all(-NONE);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const Vector s = load(x + i);
+    least = s < least ? s : least;
+  }
+  float found = least[0];
+  for (int e = 1; e < LANES; e++) found = least[e] < found ? least[e] : found;
+  return found;
+}
+
+// The tokens that a centre keeps out of its cell: the ``open`` largest scores of all that came, of equal ones the first.
+struct Kept {
+  const int64_t open;
+  int64_t count = 0;
+  std::vector<int64_t> token;  // rising
+  std::vector<float> score;    // +inf behind the last
+
+  Kept(int64_t most, int64_t block) : open(most), token(most + block), score(up_to(most + block, LANES), -NONE) {}
+
+  void clear() {
+    count = 0;
+    std::fill(score.begin(), score.end(), -NONE);
+  }
+
+  // Takes in n tokens behind all others. Those that are not kept, or no longer, go to ``left``, rising, with their scores
+  // to ``of_left``; returns how many they are, never more than n.
+  int64_t admit(const int64_t* fresh, const float* of_fresh, int64_t n, int64_t* left, float* of_left) {
+    // Of those without weight no list has any, and a full list none that are no larger than its least.
+    const float least = count < open ? NONE : least_of(score.data(), count);
+    int64_t number = 0;
+    for (int64_t j = 0; j < n; j++) {
+      if (of_fresh[j] <= least) left[number] = fresh[j], of_left[number++] = of_fresh[j];
+      else token[count] = fresh[j], score[count++] = of_fresh[j];
+    }
+    for (; count > open; count--) {
+      const int64_t i = last_of(least_of(score.data(), count));
+      int64_t to = number++;
+      for (; to > 0 && left[to - 1] > token[i]; to--) left[to] = left[to - 1], of_left[to] = of_left[to - 1];
+      left[to] = token[i], of_left[to] = score[i];
+      std::copy(token.data() + i + 1, token.data() + count, token.data() + i);
+      std::copy(score.data() + i + 1, score.data() + count, score.data() + i);
+      score[count - 1] = -NONE;
+    }
+    return number;
+  }
+
+  // The last place with this score, or the first of all.
+  int64_t last_of(float x) const {
+    for (int64_t i = (count - 1) / LANES * LANES; i >= 0; i -= LANES) {
+      const Ints same = load(&score[i]) == all(x);
+      int64_t found = -1;
+      for (int e = 0; e < LANES; e++) found = same[e] && i + e < count ? i + e : found;
+      if (found >= 0) return found;
+    }
+    return 0;
+  }
+};
+
 // Everything that lies two blocks and more before a query's block: a cell about the centre that is the query's own, and the
 // tokens that this centre keeps out of it, in one softmax; see farfield/ops/expansion.py. Sums are in units of exp(peak),
 // the largest score so far: nothing hangs on later tokens.
@@ -1610,10 +1670,6 @@ struct Expansion {
   const float *centres, *bias;       // [heads, number, D]; [heads]
   const int64_t* own;                // [batch, heads, N] the number of a query's centre
   const uint8_t* shown;              // [batch, N] tokens that count
-  const int64_t* joins;              // [batch, heads, units, number, block] tokens that the sums of a unit (a block of
-                                     // queries) have and those of the one before had not; negative: none. Null: all
-                                     // shown ones of the block two before
-  const int64_t* kept;               // [batch, heads, units, number, open] tokens that are read exactly; negative: none
   float *out, *lse;                  // [batch, heads, N, D], [batch, heads, N]; backward reads them
   const float *grad_out, *grad_lse;
   float *grad_query, *grad_key, *grad_value;  // [batch, heads, N, D], [parts, batch, heads, N, D]; 0 at first
@@ -1629,63 +1685,54 @@ struct Expander {
   std::vector<float> about, score, weight, weighed, apart, made, exact, grad_exact, more;
   std::vector<const float*> row, read;
   std::vector<float*> written;
-  std::vector<int64_t> asked, token;
+  std::vector<int64_t> asked, token, place;
+  Kept kept;
   float peak, mass;
   std::vector<float> past, back;  // normalised sums of every unit; their gradients, summed from the last unit on
+  std::vector<int64_t> joined, until;  // what joined, unit by unit, and where each ends; what the scores were
+  std::vector<float> of_joined;
 
   explicit Expander(const Expansion& call)
       : c(call), step(up_to(call.open, PANEL) + LANES), held((call.dim + 2) * call.dim), fresh(held.size()),
         rows(held.data()), keys(rows + call.dim * call.dim), values(keys + call.dim), about(call.dim),
         score(up_to(call.block, LANES)), weight(score.size()), weighed(call.block * call.dim), apart(weighed.size()),
-        made(weighed.size()), exact(call.block * step) {
+        made(weighed.size()), exact(call.block * step), kept(call.open, call.block) {
     if (!call.grad_out) return;
-    past.resize(units() * size()), back.resize(size());
+    past.resize(units() * size()), back.resize(size()), until.resize(units());
     grad_exact.resize(exact.size()), more.resize(made.size());
+    joined.reserve(call.length), of_joined.reserve(call.length);
   }
 
   int64_t units() const { return (c.length + c.block - 1) / c.block; }
   int64_t size() const { return (c.dim + 2) * c.dim + 1; }  // of k v' row by row, keys, values, and one number
 
-  // The place of a table [batch, heads, units, number, ..].
-  int64_t entry(int64_t b, int64_t h, int64_t centre, int64_t u) const {
-    return ((b * c.heads + h) * units() + u) * c.number + centre;
-  }
-
-  // Takes up those of ``count`` tokens (or of as many from ``first`` on) that are there and shown.
-  void take(int64_t b, int64_t h, const int64_t* listed, int64_t first, int64_t count, const uint8_t* shown) {
+  // Points ``row`` and ``read`` at the keys and values of tokens, repeated to whole vectors of them.
+  void point(int64_t b, int64_t h, const int64_t* tokens, int64_t n) {
     const int64_t dim = c.dim, at = (b * c.shared + h / (c.heads / c.shared)) * c.length * dim;
-    const float *const keys = c.key + at, *const values = c.value + at;
-    int64_t n = 0;
-    token.resize(count), row.resize(up_to(count, LANES)), read.resize(row.size());
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t j = listed ? listed[i] : first + i;
-      if (j < 0 || (shown && !shown[j])) continue;
-      token[n] = j, row[n] = keys + j * dim, read[n++] = values + j * dim;
+    row.resize(up_to(n, LANES)), read.resize(row.size());
+    for (int64_t i = 0; i < (int64_t)row.size(); i++) {
+      const int64_t j = tokens[std::min(i, n - 1)] * dim;
+      row[i] = c.key + at + j, read[i] = c.value + at + j;
     }
-    token.resize(n);
-    for (int64_t i = n; n && i < up_to(n, LANES); i++) row[i] = row[n - 1], read[i] = read[n - 1];
   }
 
-  // to[k][i] = x[k] . from[i] of some rows x and the tokens taken up, in whole vectors.
+  // to[k][i] = x[k] . from[i] of some rows x and whole vectors of keys or values.
   void cross(const float* x, int64_t rows, const std::vector<const float*>& from, float* to, int64_t step) const {
-    for (size_t i = 0; i < token.size(); i += LANES) dots(x, rows, &from[i], c.dim, to + i, step);
+    for (size_t i = 0; i < from.size(); i += LANES) dots(x, rows, &from[i], c.dim, to + i, step);
   }
 
-  // The tokens that join at unit u, and their scores at the centre, -inf behind the last.
-  void find(int64_t b, int64_t h, int64_t centre, int64_t u) {
+  // Scores of the block two before unit u at the centre; the tokens that now join the sums, and those kept, follow.
+  void find(int64_t b, int64_t h, int64_t u) {
     token.clear();
     if (u < 2) return;
-    const int64_t* const listed = c.joins ? c.joins + entry(b, h, centre, u) * c.block : nullptr;
-    take(b, h, listed, (u - 2) * c.block, c.block, c.shown + b * c.length);
-    cross(about.data(), 1, row, score.data(), 0);
-    for (int64_t i = token.size(); i < up_to(token.size(), LANES); i++) score[i] = NONE;
-  }
-
-  // The tokens that the centre keeps for the queries asked of unit u; how many there are.
-  int64_t find_kept(int64_t b, int64_t h, int64_t centre, int64_t u) {
-    token.clear();
-    if (c.kept && !asked.empty()) take(b, h, c.kept + entry(b, h, centre, u) * c.open, 0, c.open, nullptr);
-    return token.size();
+    place.clear(), token.resize(c.block);
+    for (int64_t j = (u - 2) * c.block; j < (u - 1) * c.block; j++)
+      if (c.shown[b * c.length + j]) place.push_back(j);
+    point(b, h, place.data(), place.size());
+    cross(about.data(), 1, row, weight.data(), 0);
+    token.resize(kept.admit(place.data(), weight.data(), place.size(), token.data(), score.data()));
+    point(b, h, token.data(), token.size());
+    for (size_t i = token.size(); i < row.size(); i++) score[i] = NONE;
   }
 
   // Adds the tokens that were found.
@@ -1787,10 +1834,10 @@ struct Expander {
   }
 
   // Adds what the centre keeps to the answers, in the same softmax, and writes them.
-  void finish(int64_t b, int64_t h, int64_t centre, int64_t u) {
-    const int64_t of = (b * c.heads + h) * c.length, queries = asked.size();
-    const int64_t n = find_kept(b, h, centre, u);
-    if (n) {
+  void finish(int64_t b, int64_t h) {
+    const int64_t of = (b * c.heads + h) * c.length, queries = asked.size(), n = kept.count;
+    if (n && queries) {
+      point(b, h, kept.token.data(), n);
       copy(c.query, of, c.scale, apart.data());
       cross(apart.data(), queries, row, exact.data(), step);
       for (int64_t k = 0; k < queries; k++) {
@@ -1826,16 +1873,17 @@ struct Expander {
     for (int64_t d = 0; d < c.dim; d++) about[d] = c.centres[(h * c.number + centre) * c.dim + d] * c.scale;
     std::fill(held.begin(), held.end(), 0.0f);
     peak = NONE, mass = 0.0f;
+    kept.clear(), joined.clear(), of_joined.clear();
   }
 
   void run(int64_t b, int64_t h, int64_t centre) {
     begin(h, centre);
     for (int64_t u = 0; u < units(); u++) {
       ask(b, h, centre, u);  // first, so that queries are on their way meanwhile
-      find(b, h, centre, u);
+      find(b, h, u);
       absorb();
       answer(b, h, centre);
-      finish(b, h, centre, u);
+      finish(b, h);
     }
   }
 
@@ -1846,11 +1894,11 @@ struct Expander {
     return sum;
   }
 
-  // Gradients of the tokens that the centre keeps for unit u, and what the queries asked get from them.
-  void finish_backward(int64_t b, int64_t h, int64_t centre, int64_t u, float* grad_key, float* grad_value) {
-    const int64_t of = (b * c.heads + h) * c.length, queries = asked.size();
-    const int64_t n = find_kept(b, h, centre, u);
-    if (!n) return;
+  // Gradients of the tokens that the centre keeps, and what the queries asked get from them.
+  void finish_backward(int64_t b, int64_t h, float* grad_key, float* grad_value) {
+    const int64_t of = (b * c.heads + h) * c.length, queries = asked.size(), n = kept.count;
+    if (!n || !queries) return;
+    point(b, h, kept.token.data(), n);
     copy(c.query, of, c.scale, apart.data()), copy(c.grad_out, of, 1.0f, weighed.data());
     cross(apart.data(), queries, row, exact.data(), step);
     cross(weighed.data(), queries, read, grad_exact.data(), step);
@@ -1871,9 +1919,9 @@ struct Expander {
       for (int64_t d = 0; d < c.dim; d++)
         c.grad_query[(of + asked[k]) * c.dim + d] += c.scale * more[k * c.dim + d];
     written.resize(n);
-    for (int64_t i = 0; i < n; i++) written[i] = grad_value + token[i] * c.dim;
+    for (int64_t i = 0; i < n; i++) written[i] = grad_value + kept.token[i] * c.dim;
     spread(exact.data(), queries, step, weighed.data(), written.data(), n, c.dim);
-    for (int64_t i = 0; i < n; i++) written[i] = grad_key + token[i] * c.dim;
+    for (int64_t i = 0; i < n; i++) written[i] = grad_key + kept.token[i] * c.dim;
     spread(grad_exact.data(), queries, step, apart.data(), written.data(), n, c.dim);
   }
 
@@ -1886,10 +1934,13 @@ struct Expander {
     float* const grad_key = c.grad_key + (part * c.batch * c.heads * c.length + of) * c.dim;
     float* const grad_value = c.grad_value + (part * c.batch * c.heads * c.length + of) * c.dim;
     for (int64_t u = 0; u < units(); u++) {
-      find(b, h, centre, u);
+      find(b, h, u);
+      joined.insert(joined.end(), token.begin(), token.end());
+      of_joined.insert(of_joined.end(), score.begin(), score.begin() + token.size());
+      until[u] = joined.size();
       absorb();
       ask(b, h, centre, u);
-      finish_backward(b, h, centre, u, grad_key, grad_value);
+      finish_backward(b, h, grad_key, grad_value);
       float* const to = past.data() + u * size();
       const float over = mass == 0.0f ? 0.0f : 1.0f / mass;
       for (size_t i = 0; i < held.size(); i++) to[i] = held[i] * over;
@@ -1933,24 +1984,25 @@ struct Expander {
         read[k] = given;
       }
       add_outer(apart.data(), read.data(), n, back.data());
-      find(b, h, centre, u);
-      const int64_t joined = token.size();
-      if (!joined) continue;
-      written.resize(joined);
-      for (int64_t j = 0; j < joined; j++) {
+      const int64_t first = u ? until[u - 1] : 0, number = until[u] - first;
+      if (!number) continue;
+      const int64_t* const tokens = joined.data() + first;
+      point(b, h, tokens, number);
+      written.resize(number);
+      for (int64_t j = 0; j < number; j++) {
         std::memcpy(weighed.data() + j * c.dim, read[j], c.dim * 4);
         written[j] = made.data() + j * c.dim;
         std::copy_n(of_values, c.dim, written[j]);
       }
-      multiply(joined, back.data());  // made: k'G + of_values
-      multiply_rows(weighed.data(), joined, back.data(), apart.data());  // apart: G v
-      for (int64_t j = 0; j < joined; j++) {
-        const float weight = std::exp(score[j] - level);
+      multiply(number, back.data());  // made: k'G + of_values
+      multiply_rows(weighed.data(), number, back.data(), apart.data());  // apart: G v
+      for (int64_t j = 0; j < number; j++) {
+        const float weight = std::exp(of_joined[first + j] - level);
         const float* const turned = apart.data() + j * c.dim;
         float sum = *of_score;
         for (int64_t d = 0; d < c.dim; d++)
           sum += row[j][d] * (turned[d] + of_keys[d]) + read[j][d] * of_values[d];
-        float *const to_key = grad_key + token[j] * c.dim, *const to_value = grad_value + token[j] * c.dim;
+        float *const to_key = grad_key + tokens[j] * c.dim, *const to_value = grad_value + tokens[j] * c.dim;
         for (int64_t d = 0; d < c.dim; d++) {
           to_key[d] += weight * (turned[d] + of_keys[d] + sum * about[d]);
           to_value[d] += weight * made[j * c.dim + d];
@@ -2008,18 +2060,6 @@ struct Sift {
   float scale;
 };
 
-// The least of n numbers, those that are none aside; behind the last there are larger ones to a whole vector.
-static float least_of(const float* x, int64_t n) {
-  Vector least = all(-NONE);
-  for (int64_t i = 0; i < n; i += LANES) {
-    const Vector s = load(x + i);
-    least = s < least ? s : least;
-  }
-  float found = least[0];
-  for (int e = 1; e < LANES; e++) found = least[e] < found ? least[e] : found;
-  return found;
-}
-
 extern "C" int farfield_sift(const Sift* sift) {
   return guarded([=] {
     const Sift& c = *sift;
@@ -2029,38 +2069,20 @@ extern "C" int farfield_sift(const Sift* sift) {
       try {
         const int64_t b = i / c.number / c.heads, h = i / c.number % c.heads, centre = i % c.number;
         const float* const key = c.key + (b * c.shared + h / (c.heads / c.shared)) * c.length * c.dim;
-        std::vector<float> about(c.dim), fresh, score(up_to(c.open + c.block, LANES), -NONE);
+        std::vector<float> about(c.dim), fresh, left(c.block);
         std::vector<const float*> row;
-        std::vector<int64_t> token(c.open + c.block), place;
-        int64_t had = 0;
+        std::vector<int64_t> place;
+        Kept list(c.open, c.block);
         for (int64_t d = 0; d < c.dim; d++) about[d] = c.centres[(h * c.number + centre) * c.dim + d] * c.scale;
         for (int64_t u = 0; u < c.units; u++) {
           const int64_t at = ((b * c.heads + h) * c.units + u) * c.number + centre;
           int64_t *const kept = c.kept + at * c.open, *const joins = c.joins + at * c.block;
-          int64_t joined = 0, next = had;
           row.clear(), place.clear();
           for (int64_t j = (u - 2) * c.block; u >= 2 && j < std::min(c.length, (u - 1) * c.block); j++)
             if (c.shown[b * c.length + j]) row.push_back(key + j * c.dim), place.push_back(j);
-          if (!row.empty()) products(about.data(), row, c.dim, fresh);
-          // Of those without weight no list has any, and a full list none that are no larger than its least.
-          const float least = had < c.open ? NONE : least_of(score.data(), had);
-          for (size_t j = 0; j < row.size(); j++) {
-            if (fresh[j] <= least) joins[joined++] = place[j];
-            else token[next] = place[j], score[next++] = fresh[j];
-          }
-          for (; next > c.open; next--) {
-            const float lowest = least_of(score.data(), next);
-            int64_t i = next - 1;
-            while (i > 0 && score[i] != lowest) i--;  // of equal ones the last
-            int64_t to = joined++;
-            for (; to > 0 && joins[to - 1] > token[i]; to--) joins[to] = joins[to - 1];
-            joins[to] = token[i];
-            std::copy(&token[i] + 1, token.data() + next, &token[i]);
-            std::copy(&score[i] + 1, score.data() + next, &score[i]);
-            score[next - 1] = -NONE;
-          }
-          had = next;
-          std::fill(std::copy_n(token.begin(), had, kept), kept + c.open, -1);
+          products(about.data(), row, c.dim, fresh);
+          const int64_t joined = list.admit(place.data(), fresh.data(), place.size(), joins, left.data());
+          std::fill(std::copy_n(list.token.begin(), list.count, kept), kept + c.open, -1);
           std::fill(joins + joined, joins + c.block, -1);
         }
       } catch (...) {
