@@ -32,8 +32,7 @@ from torch.autograd.function import once_differentiable
 from farfield.geometry import EMPTY
 from farfield.ops.cache import Cache, exactly
 from farfield.ops.compiled import choice as compiled
-from farfield.ops.compiled.expansion import expand, expand_backward
-from farfield.ops.compiled.expansion import sift as compiled_sift
+from farfield.ops.compiled.expansion import advance, expand, expand_backward
 from farfield.ops.compiled.expansion import step as compiled_step
 from farfield.ops.listed import attend_lists
 from farfield.ops.opened.choose import top
@@ -152,10 +151,6 @@ def sift(
         largest scores at the centre are kept, of equal ones the first; one with a score of -inf is not. Scores are made
         in float32. O(N C (D + open / block)) time, and as many numbers as both tables have.
     """
-    if _sifts(key):
-        shown = shown.expand(len(key), -1)
-        found: tuple[Tensor, Tensor] = compiled_sift(key.float(), centres.float(), shown, block, open, scale, units)
-        return found
     heads, number = centres.shape[:2]
     tokens = torch.full((len(key), heads, number, open), EMPTY, device=key.device)
     scores = torch.full(tokens.shape, -torch.inf, dtype=torch.float32, device=key.device)
@@ -176,13 +171,16 @@ def sift(
 
 
 def _scores(key: Tensor, centres: Tensor, scale: float) -> Tensor:
-    """[B, H, C, M] scores of keys [B, Hkv, M, D] at the centres, float32, bit by bit as the compiled sift has them."""
+    """[B, H, C, M] scores of keys [B, Hkv, M, D] at the centres, float32."""
     every = torch.arange(key.shape[2], device=key.device).expand(len(key), len(centres), centres.shape[1], -1)
     return _scores_of(key, every, centres, scale)
 
 
 def _scores_of(key: Tensor, tokens: Tensor, centres: Tensor, scale: float) -> Tensor:
-    """[B, H, C, n] scores of tokens [B, H, C, n] of keys [B, Hkv, N, D] at the centres, -inf where there is none."""
+    """[B, H, C, n] scores of tokens [B, H, C, n] of keys [B, Hkv, N, D] at the centres, -inf where there is none.
+
+    Bit by bit as the compiled engine has them, where it is there: equal choices in all precisions.
+    """
     about = (centres.float() * scale).expand(len(key), -1, -1, -1)
     if _sifts(key):
         keys = key.float().flatten(0, 1)
@@ -349,17 +347,17 @@ class _Expansion(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *given, centres, bias, own, shown, out, lse = ctx.saved_tensors
+        query, key, value, centres, bias, own, shown, out, lse = ctx.saved_tensors
         how = {"block": ctx.block, "open": ctx.open, "scale": ctx.scale}
-        if _fits(given[0], centres):
-            tensors = _for_compiled(*given, centres, bias, own, shown)
+        if _fits(query, centres):
+            tensors = _for_compiled(query, key, value, centres, bias, own, shown)
             found = expand_backward(*upstream, out, lse, **tensors, **how)
-            grads = tuple(grad.to(x.dtype) for grad, x in zip(found, given, strict=True))
+            grads = tuple(grad.to(x.dtype) for grad, x in zip(found, (query, key, value), strict=True))
             return *grads, *[None] * 7
         with torch.enable_grad(), exactly(centres.device):
-            given = [x.detach().requires_grad_() for x in given]
-            again = _state(*given, centres, bias, own, shown, **how)
-            grads = torch.autograd.grad(again, given, upstream, allow_unused=True)
+            query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
+            again = _state(query, key, value, centres, bias, own, shown, **how)
+            grads = torch.autograd.grad(again, (query, key, value), upstream, allow_unused=True)
         return *grads, *[None] * 7
 
 
@@ -429,9 +427,9 @@ def _state(
         scores.append(torch.cat(score, 2))
     cell = AttentionState(*(torch.cat(x, 1).flatten(2, 3)[:, :, :length] for x in (outs, scores)))
     if not open:
-        return tuple(cell)
+        return cell
     exact = _read(query, key, value, kept, own, block, scale)
-    return tuple(merge_states(cell, AttentionState(exact.out.to(wide), exact.lse.to(wide))))
+    return merge_states(cell, AttentionState(exact.out.to(wide), exact.lse.to(wide)))
 
 
 def _nothing(like: Tensor, centres: Tensor) -> Moments:
@@ -484,31 +482,7 @@ class ExpansionStream:
         """A whole prefix [B, Hkv, N, D] into an empty cache."""
         if not key.shape[2]:
             return
-        last = key.shape[2] // self.block
-        first = max(0, last + 1 - self.places)
-        carry, done = _nothing(cache["lse"][:, :, 0, 0], centres), 0
-        kept: Tensor | None = None
-        joins: Tensor | None = None
-        if self.open:
-            # What is before block b is what the queries of block b + 1 see.
-            whole = key[:, :, : last * self.block]
-            shown = (torch.arange(whole.shape[2], device=key.device) >= self.sinks)[None]
-            with exactly(key.device):
-                kept, joins = sift(whole, centres, shown, block=self.block, open=self.open, scale=scale, units=last + 2)
-        while done < first:
-            number = min(RUN, first - done)
-            carry = self._with(carry, key, value, centres, scale, done, number, joins)
-            done += number
-        self._put(cache, first, carry)
-        for number in range(first, last):
-            carry = self._with(carry, key, value, centres, scale, number, 1, joins)
-            self._put(cache, number + 1, carry)
-        if kept is not None:
-            for number in range(first, last + 1):
-                place, tokens = number % self.places, kept[:, :, number + 1]
-                cache["kept"][:, :, place] = tokens
-                with exactly(key.device):
-                    cache["scores"][:, :, place] = _scores_of(key, tokens, centres, scale)
+        self._advance(cache, 0, key.shape[2] // self.block, key, value, centres, scale, 0)
 
     def close(
         self, cache: Cache, number: int, key: Tensor, value: Tensor, centres: Tensor, scale: float, first: int = 0
@@ -518,11 +492,28 @@ class ExpansionStream:
         Keys and values [B, Hkv, N, D] are those from token ``first`` on: of all tokens, or, where centres keep none, of
         the block at least.
         """
-        joins = None
-        if self.open:
-            joins = self._sift(cache, number, key, centres, scale)
-        carry = self._at(cache, number)
-        self._put(cache, number + 1, self._with(carry, key, value, centres, scale, number, 1, joins, first))
+        self._advance(cache, number, number + 1, key, value, centres, scale, first)
+
+    def _advance(
+        self, cache: Cache, first: int, last: int, key: Tensor, value: Tensor, centres: Tensor, scale: float,
+        before: int,
+    ) -> None:  # fmt: skip
+        """Adds blocks ``first`` to ``last``, the last left out, of keys that ``before`` tokens are in front of."""
+        if _fits(key, cache["lse"]) and key.dtype == value.dtype == torch.float32:
+            sums = cache["lse"], cache["key"], cache["rows"]
+            advance(
+                sums, cache.get("kept"), cache.get("scores"), key, value, centres.float(), scale, block=self.block,
+                sinks=self.sinks, before=before, first=first, last=last,
+            )  # fmt: skip
+            return
+        carry, done = self._at(cache, first), first
+        while done < last:
+            # Those whose sums nobody will ask for may come together.
+            number = 1 if self.open else max(1, min(RUN, last + 1 - self.places - done))
+            joins = self._sift(cache, done, key, centres, scale) if self.open else None
+            carry = self._with(carry, key, value, centres, scale, done, number, joins, before)
+            done += number
+            self._put(cache, done, carry)
 
     def _sift(self, cache: Cache, number: int, key: Tensor, centres: Tensor, scale: float) -> Tensor:
         """Writes what is kept after block ``number``; what joins the sums with it, [B, H, 1, C, M]."""
@@ -547,19 +538,14 @@ class ExpansionStream:
 
     def _with(
         self, carry: Moments, key: Tensor, value: Tensor, centres: Tensor, scale: float, first: int, number: int,
-        joins: Tensor | None, before: int = 0,
+        joins: Tensor | None, before: int,
     ) -> Moments:  # fmt: skip
-        """The carry and ``number`` blocks from ``first`` on, of keys that ``before`` tokens are in front of.
-
-        ``joins`` are of these blocks or of all units.
-        """
+        """The carry and ``number`` blocks from ``first`` on, or what joins with them."""
         tokens = slice(first * self.block - before, (first + number) * self.block - before)
         repeat, pieces = len(centres) // key.shape[1], []
         with exactly(key.device):
             index = torch.arange(tokens.start, tokens.stop, device=key.device) + before
             shown = (index >= self.sinks).view(1, 1, number, -1)
-            if joins is not None and joins.shape[2] > number:
-                joins = joins[:, :, first + 2 : first + number + 2]
             for of_key in range(key.shape[1]):
                 one, heads = slice(of_key, of_key + 1), slice(of_key * repeat, (of_key + 1) * repeat)
                 about = centres[heads].to(carry.lse.dtype)

@@ -188,7 +188,7 @@ def _compile(words: list[str], folder: Path, key: str) -> Path:
 def _load(path: Path) -> ctypes.CDLL:
     """The library with its signatures; OSError where it is not what this code expects."""
     from farfield.ops.compiled.choice import Descent, Rung
-    from farfield.ops.compiled.expansion import Expansion, ExpansionStep, Sift
+    from farfield.ops.compiled.expansion import Advance, Expansion, ExpansionStep
     from farfield.ops.compiled.heads import Step
     from farfield.ops.compiled.pyramid import Reduction
     from farfield.ops.compiled.tiles import Call, Store
@@ -207,7 +207,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "farfield_step": [ctypes.POINTER(Step)],
         "farfield_expand": [ctypes.POINTER(Expansion)],
         "farfield_expand_backward": [ctypes.POINTER(Expansion)],
-        "farfield_sift": [ctypes.POINTER(Sift)],
+        "farfield_advance": [ctypes.POINTER(Advance)],
         "farfield_step_expansion": [ctypes.POINTER(ExpansionStep)],
         "farfield_size": [number],
     }
@@ -217,7 +217,7 @@ def _load(path: Path) -> ctypes.CDLL:
     except AttributeError as error:
         raise OSError(f"{path} is not this engine: {error}") from None
     found.farfield_size.restype = number
-    for i, structure in enumerate((Store, Call, Reduction, Rung, Descent, Step, Expansion, Sift, ExpansionStep)):
+    for i, structure in enumerate((Store, Call, Reduction, Rung, Descent, Step, Expansion, Advance, ExpansionStep)):
         if found.farfield_size(i) != ctypes.sizeof(structure):
             raise OSError(f"{path} has another layout of {structure.__name__}")
     return found

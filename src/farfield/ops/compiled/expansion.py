@@ -11,7 +11,7 @@ from farfield.ops.compiled.build import check, library
 from farfield.ops.compiled.tiles import pointer
 from farfield.ops.memory import empty, zeros
 
-__all__ = ["Expansion", "ExpansionStep", "Sift", "expand", "expand_backward", "sift", "step"]
+__all__ = ["Advance", "Expansion", "ExpansionStep", "advance", "expand", "expand_backward", "step"]
 
 
 class Expansion(ctypes.Structure):
@@ -33,17 +33,23 @@ class Expansion(ctypes.Structure):
     )  # fmt: skip
 
 
-class Sift(ctypes.Structure):
-    """``struct Sift`` of the library."""
+class Advance(ctypes.Structure):
+    """``struct Advance`` of the library."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("key", "centres", "shown", "kept", "joins")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("key", "value", "centres", "of_lse", "of_key", "of_rows", "kept", "scores")
+        ),
         *(
             (name, ctypes.c_int64)
-            for name in ("batch", "heads", "shared", "length", "dim", "number", "block", "open", "units", "threads")
+            for name in (
+                "batch", "heads", "shared", "length", "before", "dim", "number", "block", "open", "sinks", "first",
+                "last", "places", "threads",
+            )
         ),
         ("scale", ctypes.c_float),
-    )
+    )  # fmt: skip
 
 
 class ExpansionStep(ctypes.Structure):
@@ -115,8 +121,8 @@ def expand(
     """Outputs [B, H, N, D] and lse [B, H, N] for the centres ``own`` [B, H, N]; float32 on the CPU.
 
     ``query`` is [B, H, N, D], ``key`` and ``value`` [B, Hkv, N, D], ``centres`` [H, C, D], ``bias`` [H], ``shown``
-    [B, N] bool; every centre keeps ``open`` tokens out of its cell, as :func:`sift` says. D is a multiple of the width
-    that the library works in (32 numbers serve everywhere).
+    [B, N] bool; every centre keeps ``open`` tokens out of its cell, as :func:`farfield.ops.expansion.sift` says. D is a
+    multiple of the width that the library works in (32 numbers serve everywhere).
     """
     prepared = _Prepared(query, key, value, centres, bias, own, shown, block, open, scale)
     out, lse = empty(query.shape, torch.float32), query.new_empty(query.shape[:3])
@@ -172,33 +178,41 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-@torch.library.custom_op("farfield::sift", mutates_args=())
-def sift(
-    key: Tensor, centres: Tensor, shown: Tensor, block: int, open: int, scale: float, units: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens kept [B, H, U, C, open] and joining [B, H, U, C, block]; see :func:`farfield.ops.expansion.sift`.
+def advance(
+    moments: tuple[Tensor, Tensor, Tensor],
+    kept: Tensor | None,
+    scores: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    centres: Tensor,
+    scale: float,
+    *,
+    block: int,
+    sinks: int,
+    before: int,
+    first: int,
+    last: int,
+) -> None:
+    """Adds blocks ``first`` to ``last``, the last left out, to what a cache has before block ``first``, in place.
 
-    Float32 on the CPU: ``key`` [B, Hkv, N, D], ``centres`` [H, C, D], ``shown`` [B, N] bool.
+    Float32 on the CPU: ``moments`` [B, H, R, C], [.., D] and [.., D + 1, D]; ``kept`` and ``scores`` [B, H, R, C, open]
+    or None. ``key`` and ``value`` [B, Hkv, N, D] are those from token ``before`` on, and of all tokens where some are
+    kept. Place b % R has what is before block b, for the last R of them.
     """
-    key, centres, shown = key.contiguous(), centres.contiguous(), shown.contiguous()
-    (batch, shared, length, dim), (heads, number, _) = key.shape, centres.shape
-    kept, joins = (empty((batch, heads, units, number, n), torch.int64) for n in (open, block))
-    call = Sift(
-        key=pointer(key), centres=pointer(centres), shown=pointer(shown), kept=pointer(kept), joins=pointer(joins),
-        batch=batch, heads=heads, shared=shared, length=length, dim=dim, number=number, block=block, open=open,
-        units=units, threads=torch.get_num_threads(), scale=scale,
+    key, value, centres = key.contiguous(), value.contiguous(), centres.contiguous()
+    in_place = [x for x in (*moments, kept, scores) if x is not None]
+    if not all(x.is_contiguous() for x in in_place):
+        raise ValueError(
+            f"a cache of strides {[x.stride() for x in in_place]}; contiguous tensors are advanced in place"
+        )
+    call = Advance(
+        key=pointer(key), value=pointer(value), centres=pointer(centres), of_lse=pointer(moments[0]),
+        of_key=pointer(moments[1]), of_rows=pointer(moments[2]), kept=pointer(kept), scores=pointer(scores),
+        batch=key.shape[0], heads=len(centres), shared=key.shape[1], length=key.shape[2], before=before,
+        dim=key.shape[3], number=centres.shape[1], block=block, open=0 if kept is None else kept.shape[-1], sinks=sinks,
+        first=first, last=last, places=moments[0].shape[2], threads=torch.get_num_threads(), scale=scale,
     )  # fmt: skip
-    check(library().farfield_sift(ctypes.byref(call)))
-    return kept, joins
-
-
-@sift.register_fake
-def _(
-    key: Tensor, centres: Tensor, shown: Tensor, block: int, open: int, scale: float, units: int
-) -> tuple[Tensor, Tensor]:
-    shape = (len(key), len(centres), units, centres.shape[1])
-    kept, joins = (key.new_empty(*shape, n, dtype=torch.int64) for n in (open, block))
-    return kept, joins
+    check(library().farfield_advance(ctypes.byref(call)))
 
 
 def step(

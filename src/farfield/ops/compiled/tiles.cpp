@@ -1721,13 +1721,17 @@ struct Expander {
     for (size_t i = 0; i < from.size(); i += LANES) dots(x, rows, &from[i], c.dim, to + i, step);
   }
 
-  // Scores of the block two before unit u at the centre; the tokens that now join the sums, and those kept, follow.
+  // The tokens that join the sums at unit u: of the block two before it and of those kept so far.
   void find(int64_t b, int64_t h, int64_t u) {
-    token.clear();
-    if (u < 2) return;
-    place.clear(), token.resize(c.block);
-    for (int64_t j = (u - 2) * c.block; j < (u - 1) * c.block; j++)
+    place.clear();
+    for (int64_t j = (u - 2) * c.block; u >= 2 && j < (u - 1) * c.block; j++)
       if (c.shown[b * c.length + j]) place.push_back(j);
+    sift(b, h);
+  }
+
+  // The tokens at ``place`` come to those kept: some of either join the sums, with their scores at the centre.
+  void sift(int64_t b, int64_t h) {
+    token.resize(c.block);
     point(b, h, place.data(), place.size());
     cross(about.data(), 1, row, weight.data(), 0);
     token.resize(kept.admit(place.data(), weight.data(), place.size(), token.data(), score.data()));
@@ -2051,46 +2055,65 @@ extern "C" int farfield_expand_backward(const Expansion* expansion) {
   });
 }
 
-// Which tokens every centre keeps, block by block: the ``open`` largest scores of all before; the others join its sums.
-struct Sift {
-  const float *key, *centres;  // [batch, shared, N, D], [heads, number, D]
-  const uint8_t* shown;        // [batch, N]
-  int64_t *kept, *joins;       // [batch, heads, units, number, open], [.., block]; rising, -1 where there are fewer
-  int64_t batch, heads, shared, length, dim, number, block, open, units, threads;
+// Blocks of tokens added to what a cache has of those before: sums, and tokens kept out of them.
+struct Advance {
+  const float *key, *value;            // [batch, shared, N, D], the first of them token ``before``
+  const float* centres;                // [heads, number, D]
+  float *of_lse, *of_key, *of_rows;    // [batch, heads, places, number], [.., D], [.., D + 1, D]: place n % places has
+                                       // what is before block n
+  int64_t* kept;                       // [batch, heads, places, number, open] rising; negative: none
+  float* scores;                       // of these
+  int64_t batch, heads, shared, length, before, dim, number, block, open, sinks, first, last, places, threads;
   float scale;
 };
 
-extern "C" int farfield_sift(const Sift* sift) {
-  return guarded([=] {
-    const Sift& c = *sift;
-    bool failed = false;
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)c.threads) if (c.length * c.number * c.dim > SHORT)
-    for (int64_t i = 0; i < c.batch * c.heads * c.number; i++) {
-      try {
-        const int64_t b = i / c.number / c.heads, h = i / c.number % c.heads, centre = i % c.number;
-        const float* const key = c.key + (b * c.shared + h / (c.heads / c.shared)) * c.length * c.dim;
-        std::vector<float> about(c.dim), fresh, left(c.block);
-        std::vector<const float*> row;
-        std::vector<int64_t> place;
-        Kept list(c.open, c.block);
-        for (int64_t d = 0; d < c.dim; d++) about[d] = c.centres[(h * c.number + centre) * c.dim + d] * c.scale;
-        for (int64_t u = 0; u < c.units; u++) {
-          const int64_t at = ((b * c.heads + h) * c.units + u) * c.number + centre;
-          int64_t *const kept = c.kept + at * c.open, *const joins = c.joins + at * c.block;
-          row.clear(), place.clear();
-          for (int64_t j = (u - 2) * c.block; u >= 2 && j < std::min(c.length, (u - 1) * c.block); j++)
-            if (c.shown[b * c.length + j]) row.push_back(key + j * c.dim), place.push_back(j);
-          products(about.data(), row, c.dim, fresh);
-          const int64_t joined = list.admit(place.data(), fresh.data(), place.size(), joins, left.data());
-          std::fill(std::copy_n(list.token.begin(), list.count, kept), kept + c.open, -1);
-          std::fill(joins + joined, joins + c.block, -1);
-        }
-      } catch (...) {
-#pragma omp atomic write
-        failed = true;
-      }
+// Where something of block n of one centre lies, in units of it.
+static int64_t place_of(const Advance& a, int64_t b, int64_t h, int64_t centre, int64_t n) {
+  return ((b * a.heads + h) * a.places + n % a.places) * a.number + centre;
+}
+
+// What the cache has before block n, into a worker that has begun; the other way with ``put`` set.
+static void exchange(const Advance& a, Expander& w, int64_t at, bool put) {
+  float *const key = a.of_key + at * a.dim, *const rows = a.of_rows + at * (a.dim + 1) * a.dim;
+  float* const value = rows + a.dim * a.dim;
+  int64_t* const kept = a.kept + at * a.open;
+  float* const scores = a.scores + at * a.open;
+  if (put) {
+    const float over = w.mass == 0.0f ? 0.0f : 1.0f / w.mass;
+    a.of_lse[at] = w.mass == 0.0f ? NONE : std::log(w.mass) + w.peak;
+    for (int64_t i = 0; i < a.dim * a.dim; i++) rows[i] = w.rows[i] * over;
+    for (int64_t d = 0; d < a.dim; d++) key[d] = w.keys[d] * over, value[d] = w.values[d] * over;
+    std::fill(std::copy_n(w.kept.token.begin(), w.kept.count, kept), kept + a.open, -1);
+    std::fill(std::copy_n(w.kept.score.begin(), w.kept.count, scores), scores + a.open, NONE);
+    return;
+  }
+  if (a.of_lse[at] != NONE) {
+    w.peak = a.of_lse[at], w.mass = 1.0f;
+    std::copy_n(rows, a.dim * a.dim, w.rows), std::copy_n(key, a.dim, w.keys), std::copy_n(value, a.dim, w.values);
+  }
+  for (; w.kept.count < a.open && kept[w.kept.count] >= 0; w.kept.count++) {
+    w.kept.token[w.kept.count] = kept[w.kept.count];
+    w.kept.score[w.kept.count] = scores[w.kept.count];
+  }
+}
+
+extern "C" int farfield_advance(const Advance* advance) {
+  const Advance& a = *advance;
+  Expansion c{};
+  c.key = a.key, c.value = a.value, c.centres = a.centres, c.batch = a.batch, c.heads = a.heads, c.shared = a.shared;
+  c.length = a.length, c.dim = a.dim, c.number = a.number, c.block = a.block, c.open = a.open, c.threads = a.threads;
+  c.scale = a.scale;
+  return expand(c, c.batch * c.heads * c.number, [&](Expander& worker, int64_t i) {
+    const int64_t b = i / c.number / c.heads, h = i / c.number % c.heads, centre = i % c.number;
+    worker.begin(h, centre);
+    exchange(a, worker, place_of(a, b, h, centre, a.first), false);
+    for (int64_t n = a.first; n < a.last; n++) {
+      worker.place.clear();
+      for (int64_t j = std::max(a.sinks, n * a.block); j < (n + 1) * a.block; j++) worker.place.push_back(j - a.before);
+      worker.sift(b, h);
+      worker.absorb();
+      if (n + 1 > a.last - a.places) exchange(a, worker, place_of(a, b, h, centre, n + 1), true);
     }
-    if (failed) throw std::bad_alloc();
   });
 }
 
@@ -2190,6 +2213,6 @@ extern "C" int farfield_step_expansion(const ExpansionStep* step) {
 // So that a caller can see that it speaks of the same structures.
 extern "C" int64_t farfield_size(int64_t of) {
   const int64_t sizes[] = {sizeof(Store), sizeof(Call), sizeof(Reduction), sizeof(Rung), sizeof(Descent), sizeof(Step),
-                           sizeof(Expansion), sizeof(Sift), sizeof(ExpansionStep)};
+                           sizeof(Expansion), sizeof(Advance), sizeof(ExpansionStep)};
   return sizes[of];
 }
