@@ -359,8 +359,8 @@ class _ByHead(StreamModule):
                         far.append(of.attend(own, asked, *every, read, centres, bias, number, scale))
                         if (length + done) % block == 0:
                             # Of tokens that joined long ago those that centres keep may leave them now.
-                            first = 0 if of.open else number * block
-                            closed = stream.tokens(kept, first, (number + 1) * block)
+                            first = 0 if of.open else max(0, number - 1) * block
+                            closed = stream.tokens(kept, first, number * block)
                             _, keys, values = self._of_expansion(expansion, query, *closed)
                             of.close(own, number, keys, values, centres, scale, first)
                 states.append(self._with_expansions(state, far))

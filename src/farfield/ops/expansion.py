@@ -447,9 +447,10 @@ class ExpansionStream:
     """The same one step at a time: moments up to the ends of the last few blocks. 1-D and causal.
 
     A cache holds ``lse`` [B, H, R, C], ``key`` [B, H, R, C, D] and ``rows`` [B, H, R, C, D + 1, D]: place b % R has
-    those of all tokens before block b, sinks left out. Where centres keep tokens out of them it also holds their
-    numbers ``kept`` and ``scores``, [B, H, R, C, open]; what they are is read from all keys and values, which somebody
-    else has. R counts the blocks that can be asked for after tokens were taken back.
+    those of all tokens before block b, sinks left out, which is what the queries of block b + 1 see. Where centres keep
+    tokens out of them it also holds their numbers ``kept`` and ``scores``, [B, H, R, C, open]; what they are is read
+    from all keys and values, which somebody else has. R counts the blocks that can be asked for after tokens were
+    taken back.
     """
 
     block: int
@@ -460,7 +461,7 @@ class ExpansionStream:
     @property
     def places(self) -> int:
         """R."""
-        return 2 + -(-self.rewind // self.block)
+        return 1 + -(-self.rewind // self.block)
 
     def empty(self, batch: int, centres: Tensor, dtype: torch.dtype, device: torch.device) -> Cache:
         """A cache of nothing."""
@@ -482,17 +483,18 @@ class ExpansionStream:
         """A whole prefix [B, Hkv, N, D] into an empty cache."""
         if not key.shape[2]:
             return
-        self._advance(cache, 0, key.shape[2] // self.block, key, value, centres, scale, 0)
+        self._advance(cache, 0, max(0, key.shape[2] // self.block - 1), key, value, centres, scale, 0)
 
     def close(
         self, cache: Cache, number: int, key: Tensor, value: Tensor, centres: Tensor, scale: float, first: int = 0
     ) -> None:
-        """Adds block ``number`` once its last token is there.
+        """Adds the block before block ``number``, once that has its last token: the next one sees it as far.
 
         Keys and values [B, Hkv, N, D] are those from token ``first`` on: of all tokens, or, where centres keep none, of
-        the block at least.
+        the block that is added at least.
         """
-        self._advance(cache, number, number + 1, key, value, centres, scale, first)
+        if number:
+            self._advance(cache, number - 1, number, key, value, centres, scale, first)
 
     def _advance(
         self, cache: Cache, first: int, last: int, key: Tensor, value: Tensor, centres: Tensor, scale: float,
