@@ -167,7 +167,7 @@ def test_an_expansion_is_counted() -> None:
     for bounds, expected in ((1, 7.0), (2, 23.0)):
         more = keys_by_head(some, 2, 90, bounds) - keys_by_head(alone, 2, 90, bounds)
         assert more.tolist() == pytest.approx([0.0, expected])
-    assert kept_vectors(some, 2, 1, 90) == kept_vectors(alone, 2, 1, 90) + 3 * (8 + 2) * 2
+    assert kept_vectors(some, 2, 1, 90) == kept_vectors(alone, 2, 1, 90) + 3 * (8 + 2)
 
 
 def test_what_centres_keep_is_counted() -> None:
@@ -179,7 +179,7 @@ def test_what_centres_keep_is_counted() -> None:
     assert more.tolist() == pytest.approx([0.0, 7 + sum(far) / 90])
     setting = keys_of_setting(Keeps(3, 16), 90, 8, 3)
     assert keys_by_head(some, 2, 90)[1] == pytest.approx(setting)
-    assert kept_vectors(some, 2, 1, 900) == 2 * 900 + 3 * (8 + 2 + 6) * 2
+    assert kept_vectors(some, 2, 1, 900) == 2 * 900 + 3 * (8 + 2 + 6)
 
 
 def test_state_is_kept_where_cells_are_opened() -> None:
