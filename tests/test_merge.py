@@ -83,12 +83,15 @@ def test_empty_states_merge_without_nan() -> None:
     lse = torch.tensor([[[0.5, -INF, -INF]]], dtype=torch.float64, requires_grad=True)
     other = torch.ones(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
     other_lse = torch.tensor([[[-INF, 1.0, -INF]]], dtype=torch.float64, requires_grad=True)
-    merged = merge_states(AttentionState(out, lse), AttentionState(other, other_lse))
-    assert merged.lse.tolist() == [[[0.5, 1.0, -INF]]]
-    assert merged.out[0, 0, :, 0].tolist() == [0.0, 1.0, 0.0]
-    (merged.out.sum() + merged.lse[..., :2].sum()).backward()
-    for tensor in (out, lse, other, other_lse):
-        assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
+    states = [AttentionState(out, lse), AttentionState(other, other_lse)]
+    for order in (states, states[::-1]):
+        merged = merge_states(*order)
+        assert merged.lse.tolist() == [[[0.5, 1.0, -INF]]]
+        assert merged.out[0, 0, :, 0].tolist() == [0.0, 1.0, 0.0]
+        grads = torch.autograd.grad(merged.out.sum() + merged.lse[..., :2].sum(), (out, lse, other, other_lse))
+        for grad in grads:
+            assert torch.isfinite(grad).all()
+            assert not grad[0, 0, 2].any()
 
 
 def test_scores_that_show_nothing_give_zero_and_finite_gradients() -> None:

@@ -27,7 +27,7 @@ from farfield.parts import Inputs
 
 __all__ = ["Decoder", "StackState", "StreamModule", "StreamSpec", "StreamState", "row_positions"]
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,42 @@ def test_an_expansion_is_exact_where_everything_is_kept() -> None:
     torch.testing.assert_close(attend(far, given), ReadyAttention(SPEC, near=ff.near.Dense()).attend(given))
 
 
+def _wide(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(6))
+
+
+WIDE = {
+    "cell": (Expansion.of((0, 2, 3, 5), (0.5, -1.0, 0.0, 1.5), _wide(4, 3, 32)),),
+    "kept": (Expansion.of((2, 5), (-1.0, 1.5), _wide(2, 2, 32), 9), Expansion.of((3,), (0.0,), _wide(1, 5, 32), 2)),
+    "all heads": (Expansion.of(tuple(range(6)), (0.0,) * 6, _wide(6, 3, 32), 9),),
+}
+"""For a width that the compiled engine takes."""
+
+
+@pytest.mark.parametrize("sinks", [0, 3, 11])
+@pytest.mark.parametrize("chunk", [1, 5, 33])
+@pytest.mark.parametrize("expansions", WIDE.values(), ids=WIDE)
+def test_an_expansion_streams_compiled(sinks: int, chunk: int, expansions: tuple[Expansion, ...]) -> None:
+    """In float32, with tokens taken back across the border of a block, and other ones in their place meanwhile."""
+    far = ByHead(sinks=sinks, expansions=expansions)
+    layer = ff.Attention(192, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).eval()
+    x = torch.randn(2, 75, 192)
+    with torch.no_grad():
+        whole = layer(x)
+        for prompt in (0, 30):
+            state, at = layer.stream(2, rewind=7), prompt
+            if prompt:
+                torch.testing.assert_close(layer.step(x[:, :prompt], state), whole[:, :prompt], rtol=1e-4, atol=1e-5)
+            while at < 75:
+                if at > 7:
+                    layer.step(torch.randn_like(x[:, :7]), state)
+                    state.rewind(7)
+                stop = min(75, at + chunk)
+                got = layer.step(x[:, at:stop], state)
+                torch.testing.assert_close(got, whole[:, at:stop], rtol=1e-4, atol=1e-5)
+                at = stop
+
+
 @pytest.mark.parametrize("groups", [(), (((4, 0), OPENED), ((3, 1), PLAIN))], ids=["near", "opened"])
 @pytest.mark.parametrize("sinks", [0, 3, 11])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 33])

@@ -361,8 +361,7 @@ class _ByHead(StreamModule):
                             # Of tokens that joined long ago those that centres keep may leave them now.
                             first = 0 if of.open else max(0, number - 1) * block
                             closed = stream.tokens(kept, first, number * block)
-                            _, keys, values = self._of_expansion(expansion, query, *closed)
-                            of.close(own, number, keys, values, centres, scale, first)
+                            of.close(own, number, *closed, read, centres, scale, first)
                 states.append(self._with_expansions(state, far))
         joined = join_rows(states)
         assert isinstance(joined, AttentionState)

@@ -171,28 +171,17 @@ def sift(
 
 
 def _scores(key: Tensor, centres: Tensor, scale: float) -> Tensor:
-    """[B, H, C, M] scores of keys [B, Hkv, M, D] at the centres, float32."""
-    every = torch.arange(key.shape[2], device=key.device).expand(len(key), len(centres), centres.shape[1], -1)
-    return _scores_of(key, every, centres, scale)
-
-
-def _scores_of(key: Tensor, tokens: Tensor, centres: Tensor, scale: float) -> Tensor:
-    """[B, H, C, n] scores of tokens [B, H, C, n] of keys [B, Hkv, N, D] at the centres, -inf where there is none.
+    """[B, H, C, M] scores of keys [B, Hkv, M, D] at the centres, float32.
 
     Bit by bit as the compiled engine has them, where it is there: equal choices in all precisions.
     """
     about = (centres.float() * scale).expand(len(key), -1, -1, -1)
-    if _sifts(key):
+    every = torch.arange(key.shape[2], device=key.device).expand(*about.shape[:3], -1)
+    if key.device.type == "cpu" and compiled.why_not() is None and key.shape[-1] % WIDTH == 0:
         keys = key.float().flatten(0, 1)
-        given = about.flatten(0, 1), keys, keys.new_zeros(1, keys.shape[1]), tokens.flatten(0, 1)
-        return compiled.score(*given).view(tokens.shape)
-    found = (_gathered(key, tokens).float() @ about[..., None]).squeeze(-1)
-    return found.masked_fill(tokens < 0, -torch.inf)
-
-
-def _sifts(key: Tensor) -> bool:
-    """Whether the compiled engine scores tokens: on the CPU, whole vectors."""
-    return key.device.type == "cpu" and compiled.why_not() is None and key.shape[-1] % WIDTH == 0
+        given = about.flatten(0, 1), keys, keys.new_zeros(1, keys.shape[1]), every.flatten(0, 1)
+        return compiled.score(*given).view(every.shape)
+    return (_gathered(key, every).float() @ about[..., None]).squeeze(-1)
 
 
 def _kept_of(tokens: Tensor, scores: Tensor, open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,8 +293,6 @@ def expansion_state(
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(common) for x in (query, key, value))
     centres = centres.to(compute_dtype(common))
-    if open and key_mask is not None:  # a hidden token may hold anything, and absent ones of a list read some token
-        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (key, value))
     if query.numel() == 0:
         return AttentionState(query.to(centres.dtype), query.new_zeros(query.shape[:3], dtype=centres.dtype))
     shown = torch.arange(query.shape[2], device=query.device)[None] >= sinks
@@ -313,12 +300,13 @@ def expansion_state(
         shown = shown & key_mask
     with torch.no_grad(), exactly(query.device):
         own = nearest(query.to(centres.dtype), centres)
+    open = min(open, query.shape[2])
     bias = bias.to(centres.dtype)
     return AttentionState(*_Expansion.apply(query, key, value, centres, bias, own, shown, block, open, scale))
 
 
 class _Expansion(torch.autograd.Function):
-    """Keeps what it was given and what it gave: gradients go through the sums once more."""
+    """Keeps what it was given and the lse: gradients go through the sums once more."""
 
     @staticmethod
     def forward(
@@ -342,16 +330,16 @@ class _Expansion(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.block, ctx.open, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, centres, bias, own, shown, out, lse = ctx.saved_tensors
+        query, key, value, centres, bias, own, shown, lse = ctx.saved_tensors
         how = {"block": ctx.block, "open": ctx.open, "scale": ctx.scale}
         if _fits(query, centres):
             tensors = _for_compiled(query, key, value, centres, bias, own, shown)
-            found = expand_backward(*upstream, out, lse, **tensors, **how)
+            found = expand_backward(*upstream, lse, **tensors, **how)
             grads = tuple(grad.to(x.dtype) for grad, x in zip(found, (query, key, value), strict=True))
             return *grads, *[None] * 7
         with torch.enable_grad(), exactly(centres.device):
@@ -392,6 +380,8 @@ def _state(
     units = -(-length // block)
     joins: Tensor | None = None
     if open:
+        # A hidden token may hold anything, and absent ones of a list read some token.
+        key, value = (x.masked_fill(~shown[:, None, :, None], 0.0) for x in (key, value))
         kept, joins = sift(key, centres, shown, block=block, open=open, scale=scale, units=units)
     else:
         # What a block sees as far ends two blocks before it: two empty ones in front put it in the block's own place.
@@ -483,31 +473,35 @@ class ExpansionStream:
         """A whole prefix [B, Hkv, N, D] into an empty cache."""
         if not key.shape[2]:
             return
-        self._advance(cache, 0, max(0, key.shape[2] // self.block - 1), key, value, centres, scale, 0)
+        self._advance(cache, 0, max(0, key.shape[2] // self.block - 1), key, value, None, centres, scale, 0)
 
     def close(
-        self, cache: Cache, number: int, key: Tensor, value: Tensor, centres: Tensor, scale: float, first: int = 0
-    ) -> None:
+        self, cache: Cache, number: int, key: Tensor, value: Tensor, read: Tensor, centres: Tensor, scale: float,
+        first: int = 0,
+    ) -> None:  # fmt: skip
         """Adds the block before block ``number``, once that has its last token: the next one sees it as far.
 
         Keys and values [B, Hkv, N, D] are those from token ``first`` on: of all tokens, or, where centres keep none, of
-        the block that is added at least.
+        the block that is added at least. ``read`` [H] says which key head is whose.
         """
         if number:
-            self._advance(cache, number - 1, number, key, value, centres, scale, first)
+            self._advance(cache, number - 1, number, key, value, read, centres, scale, first)
 
     def _advance(
-        self, cache: Cache, first: int, last: int, key: Tensor, value: Tensor, centres: Tensor, scale: float,
-        before: int,
+        self, cache: Cache, first: int, last: int, key: Tensor, value: Tensor, read: Tensor | None, centres: Tensor,
+        scale: float, before: int,
     ) -> None:  # fmt: skip
         """Adds blocks ``first`` to ``last``, the last left out, of keys that ``before`` tokens are in front of."""
-        if _fits(key, cache["lse"]) and key.dtype == value.dtype == torch.float32:
+        centres = centres.to(cache["lse"].dtype)
+        if _fits(key, centres):
             sums = cache["lse"], cache["key"], cache["rows"]
             advance(
-                sums, cache.get("kept"), cache.get("scores"), key, value, centres.float(), scale, block=self.block,
-                sinks=self.sinks, before=before, first=first, last=last,
+                sums, cache.get("kept"), cache.get("scores"), key.float(), value.float(), read, centres, scale,
+                block=self.block, sinks=self.sinks, before=before, first=first, last=last,
             )  # fmt: skip
             return
+        if read is not None:
+            key, value = key.index_select(1, read), value.index_select(1, read)
         carry, done = self._at(cache, first), first
         while done < last:
             # Those whose sums nobody will ask for may come together.

@@ -122,7 +122,9 @@ def merge_states(*states: AttentionState) -> AttentionState:
         total = (lse - peak).exp() + more
         empty = total == 0
         safe = torch.where(empty, torch.ones_like(total), total)
-        # In one pass over the outputs, which are most of the numbers.
+        # One pass over the outputs, which are most of the numbers.
         out = torch.lerp(out, state.out.to(wide), (more / safe).to(wide).unsqueeze(-1))
         lse = torch.where(empty, torch.full_like(total, float("-inf")), safe.log() + peak)
+    if len(states) > 1:
+        out = out.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
     return AttentionState(out.to(first.out.dtype), lse)

@@ -21,8 +21,8 @@ class Expansion(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "query", "key", "value", "centres", "bias", "own", "shown", "out", "lse", "grad_out", "grad_lse",
-                "grad_query", "grad_key", "grad_value",
+                "query", "key", "value", "centres", "bias", "own", "read", "shown", "out", "lse", "grad_out",
+                "grad_lse", "grad_query", "grad_key", "grad_value",
             )
         ),
         *(
@@ -39,12 +39,12 @@ class Advance(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("key", "value", "centres", "of_lse", "of_key", "of_rows", "kept", "scores")
+            for name in ("key", "value", "read", "centres", "of_lse", "of_key", "of_rows", "kept", "scores")
         ),
         *(
             (name, ctypes.c_int64)
             for name in (
-                "batch", "heads", "shared", "length", "before", "dim", "number", "block", "open", "sinks", "first",
+                "batch", "heads", "shared", "room", "before", "dim", "number", "block", "open", "sinks", "first",
                 "last", "places", "threads",
             )
         ),
@@ -140,7 +140,6 @@ def _(query: Tensor, *args: object, **more: object) -> tuple[Tensor, Tensor]:
 def expand_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
-    out: Tensor,
     lse: Tensor,
     query: Tensor,
     key: Tensor,
@@ -153,15 +152,15 @@ def expand_backward(
     open: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from those of what :func:`expand` gave, ``out`` and ``lse``."""
+    """Gradients of query, key and value from those of what :func:`expand` gave; ``lse`` is its own."""
     prepared = _Prepared(query, key, value, centres, bias, own, shown, block, open, scale)
-    of_out, of_lse, out, lse = (x.contiguous() for x in (grad_out, grad_lse, out, lse))
+    of_out, of_lse, lse = (x.contiguous() for x in (grad_out, grad_lse, lse))
     # So many tasks that threads have work for equal times; how many does not hang on the threads, so that sums repeat.
     parts = min(centres.shape[1], max(1, 8 // (query.shape[0] * query.shape[1])))
     of_query = zeros(query.shape, torch.float32)
     of_key, of_value = (zeros((parts, *query.shape), torch.float32) for _ in range(2))
     call = prepared.call
-    call.out, call.lse, call.parts = pointer(out), pointer(lse), parts
+    call.lse, call.parts = pointer(lse), parts
     call.grad_out, call.grad_lse = pointer(of_out), pointer(of_lse)
     call.grad_query, call.grad_key, call.grad_value = pointer(of_query), pointer(of_key), pointer(of_value)
     check(library().farfield_expand_backward(ctypes.byref(call)))
@@ -172,7 +171,7 @@ def expand_backward(
 
 @expand_backward.register_fake
 def _(
-    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    grad_out: Tensor, grad_lse: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *args: object, **more: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
@@ -184,6 +183,7 @@ def advance(
     scores: Tensor | None,
     key: Tensor,
     value: Tensor,
+    read: Tensor | None,
     centres: Tensor,
     scale: float,
     *,
@@ -197,22 +197,37 @@ def advance(
 
     Float32 on the CPU: ``moments`` [B, H, R, C], [.., D] and [.., D + 1, D]; ``kept`` and ``scores`` [B, H, R, C, open]
     or None. ``key`` and ``value`` [B, Hkv, N, D] are those from token ``before`` on, and of all tokens where some are
-    kept. Place b % R has what is before block b, for the last R of them.
+    kept; ``read`` [H] says which key head is whose, None that neighbours share one. Place b % R has what is before
+    block b, for the last R of them.
     """
-    key, value, centres = key.contiguous(), value.contiguous(), centres.contiguous()
-    in_place = [x for x in (*moments, kept, scores) if x is not None]
-    if not all(x.is_contiguous() for x in in_place):
+    if before > first * block or last * block - before > key.shape[2] or (before and kept is not None):
         raise ValueError(
-            f"a cache of strides {[x.stride() for x in in_place]}; contiguous tensors are advanced in place"
+            f"blocks {first} to {last} of {block} tokens, of keys {tuple(key.shape)} that {before} tokens are in front "
+            "of: all tokens of these blocks are needed, and where centres keep some, those before as well"
         )
+    key, value = _rows(key), _rows(value)
+    if key.stride() != value.stride():
+        key, value = key.contiguous(), value.contiguous()
+    centres = centres.contiguous()
+    places = [x for x in (*moments, kept, scores) if x is not None]
+    if not all(x.is_contiguous() for x in places):
+        raise ValueError(f"a cache of strides {[x.stride() for x in places]}; contiguous tensors are advanced in place")
     call = Advance(
-        key=pointer(key), value=pointer(value), centres=pointer(centres), of_lse=pointer(moments[0]),
-        of_key=pointer(moments[1]), of_rows=pointer(moments[2]), kept=pointer(kept), scores=pointer(scores),
-        batch=key.shape[0], heads=len(centres), shared=key.shape[1], length=key.shape[2], before=before,
-        dim=key.shape[3], number=centres.shape[1], block=block, open=0 if kept is None else kept.shape[-1], sinks=sinks,
-        first=first, last=last, places=moments[0].shape[2], threads=torch.get_num_threads(), scale=scale,
+        key=key.data_ptr(), value=value.data_ptr(), read=pointer(read), centres=pointer(centres),
+        of_lse=pointer(moments[0]), of_key=pointer(moments[1]), of_rows=pointer(moments[2]), kept=pointer(kept),
+        scores=pointer(scores), batch=key.shape[0], heads=len(centres), shared=key.shape[1],
+        room=key.stride(1) // key.shape[3], before=before, dim=key.shape[3], number=centres.shape[1], block=block,
+        open=0 if kept is None else kept.shape[-1], sinks=sinks, first=first, last=last, places=moments[0].shape[2],
+        threads=torch.get_num_threads(), scale=scale,
     )  # fmt: skip
     check(library().farfield_advance(ctypes.byref(call)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, N, D] as a part of [B, H, room, D] that lies in one piece: what it is already, or a copy."""
+    width = x.shape[3]
+    lies = x.stride(3) == 1 and x.stride(2) == width and x.stride(1) % width == 0
+    return x if lies and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
 
 
 def step(

@@ -1620,8 +1620,11 @@ struct Kept {
   int64_t count = 0;
   std::vector<int64_t> token;  // rising
   std::vector<float> score;    // +inf behind the last
+  std::vector<int64_t> stays;
+  std::vector<int32_t> order;
 
-  Kept(int64_t most, int64_t block) : open(most), token(most + block), score(up_to(most + block, LANES), -NONE) {}
+  Kept(int64_t most, int64_t block)
+      : open(most), token(most + block), score(up_to(most + block, LANES), -NONE), stays(most + 1), order(score.size()) {}
 
   void clear() {
     count = 0;
@@ -1633,44 +1636,38 @@ struct Kept {
   int64_t admit(const int64_t* fresh, const float* of_fresh, int64_t n, int64_t* left, float* of_left) {
     // Of those without weight no list has any, and a full list none that are no larger than its least.
     const float least = count < open ? NONE : least_of(score.data(), count);
-    int64_t number = 0;
+    int64_t number = 0, all = count, next = 0;
     for (int64_t j = 0; j < n; j++) {
       if (of_fresh[j] <= least) left[number] = fresh[j], of_left[number++] = of_fresh[j];
-      else token[count] = fresh[j], score[count++] = of_fresh[j];
+      else token[all] = fresh[j], score[all++] = of_fresh[j];
     }
-    for (; count > open; count--) {
-      const int64_t i = last_of(least_of(score.data(), count));
+    count = all;
+    if (all <= open) return number;
+    count = largest(score.data(), all, open, order.data(), stays.data());
+    for (int64_t j = 0; j < all; j++) {
+      if (next < count && stays[next] == j) {
+        token[next] = token[j], score[next++] = score[j];
+        continue;
+      }
       int64_t to = number++;
-      for (; to > 0 && left[to - 1] > token[i]; to--) left[to] = left[to - 1], of_left[to] = of_left[to - 1];
-      left[to] = token[i], of_left[to] = score[i];
-      std::copy(token.data() + i + 1, token.data() + count, token.data() + i);
-      std::copy(score.data() + i + 1, score.data() + count, score.data() + i);
-      score[count - 1] = -NONE;
+      for (; to > 0 && left[to - 1] > token[j]; to--) left[to] = left[to - 1], of_left[to] = of_left[to - 1];
+      left[to] = token[j], of_left[to] = score[j];
     }
+    std::fill(score.begin() + count, score.begin() + all, -NONE);
     return number;
-  }
-
-  // The last place with this score, or the first of all.
-  int64_t last_of(float x) const {
-    for (int64_t i = (count - 1) / LANES * LANES; i >= 0; i -= LANES) {
-      const Ints same = load(&score[i]) == all(x);
-      int64_t found = -1;
-      for (int e = 0; e < LANES; e++) found = same[e] && i + e < count ? i + e : found;
-      if (found >= 0) return found;
-    }
-    return 0;
   }
 };
 
 // Everything that lies two blocks and more before a query's block: a cell about the centre that is the query's own, and the
 // tokens that this centre keeps out of it, in one softmax; see farfield/ops/expansion.py. Sums are in units of exp(peak),
-// the largest score so far: nothing hangs on later tokens.
+// the largest score so far (or, where a cache had some, of their sum): nothing hangs on later tokens.
 struct Expansion {
   const float *query, *key, *value;  // [batch, heads, N, D]; [batch, shared, N, D]
   const float *centres, *bias;       // [heads, number, D]; [heads]
   const int64_t* own;                // [batch, heads, N] the number of a query's centre
+  const int64_t* read;               // [heads] the key head of each; null: neighbours share one
   const uint8_t* shown;              // [batch, N] tokens that count
-  float *out, *lse;                  // [batch, heads, N, D], [batch, heads, N]; backward reads them
+  float *out, *lse;                  // [batch, heads, N, D], [batch, heads, N]; backward reads the latter
   const float *grad_out, *grad_lse;
   float *grad_query, *grad_key, *grad_value;  // [batch, heads, N, D], [parts, batch, heads, N, D]; 0 at first
   int64_t batch, heads, shared, length, dim, number, block, open, parts, threads;
@@ -1688,27 +1685,29 @@ struct Expander {
   std::vector<int64_t> asked, token, place;
   Kept kept;
   float peak, mass;
-  std::vector<float> past, back;  // normalised sums of every unit; their gradients, summed from the last unit on
+  std::vector<float> back;             // gradients of normalised sums, added up from the last unit on
+  std::vector<float> level;            // of every unit: log of the sum of weights
   std::vector<int64_t> joined, until;  // what joined, unit by unit, and where each ends; what the scores were
   std::vector<float> of_joined;
+  std::vector<float> shares, turns, commons, scores;  // of every query, for gradients of the sums: see ask_backward
 
   explicit Expander(const Expansion& call)
       : c(call), step(up_to(call.open, PANEL) + LANES), held((call.dim + 2) * call.dim), fresh(held.size()),
         rows(held.data()), keys(rows + call.dim * call.dim), values(keys + call.dim), about(call.dim),
         score(up_to(call.block, LANES)), weight(score.size()), weighed(call.block * call.dim), apart(weighed.size()),
-        made(weighed.size()), exact(call.block * step), kept(call.open, call.block) {
+        made(weighed.size()), kept(call.open, call.block) {
     if (!call.grad_out) return;
-    past.resize(units() * size()), back.resize(size()), until.resize(units());
-    grad_exact.resize(exact.size()), more.resize(made.size());
+    back.resize(held.size() + 1), level.resize(units()), until.resize(units()), more.resize(made.size());
     joined.reserve(call.length), of_joined.reserve(call.length);
+    for (auto* const x : {&shares, &turns, &commons, &scores}) x->resize(call.length);
   }
 
   int64_t units() const { return (c.length + c.block - 1) / c.block; }
-  int64_t size() const { return (c.dim + 2) * c.dim + 1; }  // of k v' row by row, keys, values, and one number
 
   // Points ``row`` and ``read`` at the keys and values of tokens, repeated to whole vectors of them.
   void point(int64_t b, int64_t h, const int64_t* tokens, int64_t n) {
-    const int64_t dim = c.dim, at = (b * c.shared + h / (c.heads / c.shared)) * c.length * dim;
+    const int64_t dim = c.dim, head = c.read ? c.read[h] : h / (c.heads / c.shared);
+    const int64_t at = (b * c.shared + head) * c.length * dim;
     row.resize(up_to(n, LANES)), read.resize(row.size());
     for (int64_t i = 0; i < (int64_t)row.size(); i++) {
       const int64_t j = tokens[std::min(i, n - 1)] * dim;
@@ -1717,8 +1716,8 @@ struct Expander {
   }
 
   // to[k][i] = x[k] . from[i] of some rows x and whole vectors of keys or values.
-  void cross(const float* x, int64_t rows, const std::vector<const float*>& from, float* to, int64_t step) const {
-    for (size_t i = 0; i < from.size(); i += LANES) dots(x, rows, &from[i], c.dim, to + i, step);
+  void cross(const float* x, int64_t number, const std::vector<const float*>& from, float* to) const {
+    for (size_t i = 0; i < from.size(); i += LANES) dots(x, number, &from[i], c.dim, to + i, step);
   }
 
   // The tokens that join the sums at unit u: of the block two before it and of those kept so far.
@@ -1733,7 +1732,7 @@ struct Expander {
   void sift(int64_t b, int64_t h) {
     token.resize(c.block);
     point(b, h, place.data(), place.size());
-    cross(about.data(), 1, row, weight.data(), 0);
+    cross(about.data(), 1, row, weight.data());
     token.resize(kept.admit(place.data(), weight.data(), place.size(), token.data(), score.data()));
     point(b, h, token.data(), token.size());
     for (size_t i = token.size(); i < row.size(); i++) score[i] = NONE;
@@ -1842,8 +1841,9 @@ struct Expander {
     const int64_t of = (b * c.heads + h) * c.length, queries = asked.size(), n = kept.count;
     if (n && queries) {
       point(b, h, kept.token.data(), n);
+      exact.resize(std::max<size_t>(exact.size(), queries * step));
       copy(c.query, of, c.scale, apart.data());
-      cross(apart.data(), queries, row, exact.data(), step);
+      cross(apart.data(), queries, row, exact.data());
       for (int64_t k = 0; k < queries; k++) {
         float *const scores = exact.data() + k * step, *const out = made.data() + k * c.dim, &lse = c.lse[of + asked[k]];
         const float cell = lse;
@@ -1891,100 +1891,110 @@ struct Expander {
     }
   }
 
-  // The gradient of the score of whatever query i reads: its weight times (what comes up . its value, less this).
-  float delta(int64_t i) const {
-    float sum = -c.grad_lse[i];
-    for (int64_t d = 0; d < c.dim; d++) sum += c.grad_out[i * c.dim + d] * c.out[i * c.dim + d];
-    return sum;
-  }
-
-  // Gradients of the tokens that the centre keeps, and what the queries asked get from them.
-  void finish_backward(int64_t b, int64_t h, float* grad_key, float* grad_value) {
+  // Gradients of the queries asked, and of the keys and values of the tokens kept. With m the mass, M, V, K the sums of
+  // k v', v and k over it, and L = log(m) + peak, the cell has
+  //   out = x'M + (1 - x.K) V,  lse = L + x.K + bias.
+  // With g what comes up for the output of the whole and e for its lse, a part of weight w and output o gets w g for its
+  // output and w (g.o - d) for its lse, d = sum of w g.o - e. What is left for the sums of the cell stays in ``shares``,
+  // ``turns``, ``commons`` and ``scores``.
+  void ask_backward(int64_t b, int64_t h, int64_t centre, int64_t u, float* grad_key, float* grad_value) {
     const int64_t of = (b * c.heads + h) * c.length, queries = asked.size(), n = kept.count;
-    if (!n || !queries) return;
-    point(b, h, kept.token.data(), n);
+    if (!queries) return;
+    const float* const about_ = c.centres + (h * c.number + centre) * c.dim;
+    const float over = mass == 0.0f ? 0.0f : 1.0f / mass;
     copy(c.query, of, c.scale, apart.data()), copy(c.grad_out, of, 1.0f, weighed.data());
-    cross(apart.data(), queries, row, exact.data(), step);
-    cross(weighed.data(), queries, read, grad_exact.data(), step);
-    for (int64_t k = 0; k < queries; k++) {
-      float *const s = exact.data() + k * step, *const t = grad_exact.data() + k * step;
-      const float x = c.lse[of + asked[k]];
-      const Vector most = all(x == NONE ? -NONE : x), less = all(delta(of + asked[k]));
-      for (int64_t i = 0; i < n; i += LANES) {
-        // No weight is above 1, but scores of 1e5 are rounded so far that their difference can say so.
-        const Vector y = (load(s + i) - most) * all(LOG2E), w = exp2_of(y > Vector{} ? Vector{} : y);
-        put(s + i, w);
-        put(t + i, w * (load(t + i) - less));
-      }
+    if (n) {
+      point(b, h, kept.token.data(), n);
+      exact.resize(std::max<size_t>(exact.size(), queries * step)), grad_exact.resize(exact.size());
+      cross(apart.data(), queries, row, exact.data());
+      cross(weighed.data(), queries, read, grad_exact.data());
     }
+    multiply_rows(weighed.data(), queries, rows, made.data());
+    for (int64_t k = 0; k < queries; k++) {
+      const int64_t i = asked[k];
+      const float *const query = c.query + (of + i) * c.dim, *const given = weighed.data() + k * c.dim;
+      const float *const moved = made.data() + k * c.dim, lse = c.lse[of + i];
+      float *const s = exact.data() + k * step, *const t = grad_exact.data() + k * step;
+      float common = 0.0f, along = 0.0f, whole = 0.0f, beside = 0.0f, kept_along = 0.0f;
+      for (int64_t d = 0; d < c.dim; d++) {
+        const float x = (query[d] - about_[d]) * c.scale;
+        common += x * keys[d], along += given[d] * values[d], whole += x * moved[d];
+      }
+      common *= over, along *= over, whole *= over;
+      // No weight is above 1, but scores of 1e5 are rounded so far that their difference can say so.
+      const float less = level[u] + common + c.bias[h] - lse;
+      float share = mass == 0.0f ? 0.0f : std::exp(less > 0.0f ? 0.0f : less);
+      for (int64_t j = 0; j < n; j += LANES) {
+        const Vector y = (load(s + j) - all(lse)) * all(LOG2E);
+        put(s + j, exp2_of(y > Vector{} ? Vector{} : y));
+      }
+      for (int64_t j = 0; j < n; j++) beside += s[j], kept_along += s[j] * t[j];
+      // Shares of exactly 1 together: gradients of what all keys have in common cancel.
+      const float total = share + beside, norm = total == 0.0f ? 0.0f : 1.0f / total;
+      share *= norm, beside *= norm, kept_along *= norm;
+      const float inside = whole + (1.0f - common) * along, up = c.grad_lse[of + i];
+      const float of_lse = share * (beside * inside - kept_along + up), delta = share * inside + kept_along - up;
+      const float turn = of_lse - share * along;
+      float* const grad = c.grad_query + (of + i) * c.dim;
+      for (int64_t d = 0; d < c.dim; d++) grad[d] += c.scale * over * (share * moved[d] + turn * keys[d]);
+      for (int64_t j = 0; j < n; j += LANES) {
+        const Vector w = load(s + j) * all(norm);
+        put(s + j, w);
+        put(t + j, w * (load(t + j) - all(delta)));
+      }
+      shares[i] = share, turns[i] = turn, commons[i] = common;
+      scores[i] = of_lse - share * inside - common * turn;
+    }
+    if (!n) return;
     std::fill(more.begin(), more.begin() + queries * c.dim, 0.0f);
     mix(grad_exact.data(), queries, step, row.data(), n, more.data(), c.dim);
     for (int64_t k = 0; k < queries; k++)
-      for (int64_t d = 0; d < c.dim; d++)
-        c.grad_query[(of + asked[k]) * c.dim + d] += c.scale * more[k * c.dim + d];
+      for (int64_t d = 0; d < c.dim; d++) c.grad_query[(of + asked[k]) * c.dim + d] += c.scale * more[k * c.dim + d];
     written.resize(n);
-    for (int64_t i = 0; i < n; i++) written[i] = grad_value + kept.token[i] * c.dim;
+    for (int64_t j = 0; j < n; j++) written[j] = grad_value + kept.token[j] * c.dim;
     spread(exact.data(), queries, step, weighed.data(), written.data(), n, c.dim);
-    for (int64_t i = 0; i < n; i++) written[i] = grad_key + kept.token[i] * c.dim;
+    for (int64_t j = 0; j < n; j++) written[j] = grad_key + kept.token[j] * c.dim;
     spread(grad_exact.data(), queries, step, apart.data(), written.data(), n, c.dim);
   }
 
-  // With m the mass, M, V, K the sums of k v', v and k over it, and L = log(m) + peak:
-  //   out = x'M + (1 - x.K) V,  lse = L + x.K + bias,  and a token has the weight exp(score - L) in M, V and K.
-  // So the gradients of what later units read, each times exp(-L) of its own, are all that a token needs; L only grows.
+  // A token has the weight exp(score - L) in M, V and K. So the gradients of what later units read, each times exp(-L) of
+  // its own, are all that a token needs; L only grows.
   void run_backward(int64_t b, int64_t h, int64_t centre, int64_t part) {
     begin(h, centre);
-    const int64_t square = c.dim * c.dim, of = (b * c.heads + h) * c.length;
+    const int64_t of = (b * c.heads + h) * c.length;
     float* const grad_key = c.grad_key + (part * c.batch * c.heads * c.length + of) * c.dim;
     float* const grad_value = c.grad_value + (part * c.batch * c.heads * c.length + of) * c.dim;
     for (int64_t u = 0; u < units(); u++) {
+      ask(b, h, centre, u);
       find(b, h, u);
       joined.insert(joined.end(), token.begin(), token.end());
       of_joined.insert(of_joined.end(), score.begin(), score.begin() + token.size());
       until[u] = joined.size();
       absorb();
-      ask(b, h, centre, u);
-      finish_backward(b, h, grad_key, grad_value);
-      float* const to = past.data() + u * size();
-      const float over = mass == 0.0f ? 0.0f : 1.0f / mass;
-      for (size_t i = 0; i < held.size(); i++) to[i] = held[i] * over;
-      to[held.size()] = mass == 0.0f ? NONE : std::log(mass) + peak;
+      level[u] = mass == 0.0f ? NONE : std::log(mass) + peak;
+      ask_backward(b, h, centre, u, grad_key, grad_value);
     }
     std::fill(back.begin(), back.end(), 0.0f);
-    float *const of_keys = back.data() + square, *const of_values = of_keys + c.dim, *const of_score = of_values + c.dim;
+    float *const of_keys = back.data() + c.dim * c.dim, *const of_values = of_keys + c.dim, *const of_score = of_values + c.dim;
     const float* const about_ = c.centres + (h * c.number + centre) * c.dim;
-    for (int64_t u = units() - 1; u >= 0; u--) {
-      const float* const sums = past.data() + u * size();
-      const float *const key = sums + square, *const value = key + c.dim, level = sums[square + 2 * c.dim];
-      if (level == NONE) break;
+    for (int64_t u = units() - 1; u >= 0 && level[u] != NONE; u--) {
       if (u + 1 < units()) {
-        const float factor = std::exp(level - sums[size() + square + 2 * c.dim]);
+        const float factor = std::exp(level[u] - level[u + 1]);
         for (float& x : back) x *= factor;
       }
       ask(b, h, centre, u);
       const int64_t n = asked.size();
       read.resize(n);
-      copy(c.query, of, 1.0f, apart.data()), copy(c.grad_out, of, 1.0f, weighed.data());
-      multiply_rows(weighed.data(), n, sums, made.data());
       for (int64_t k = 0; k < n; k++) {
+        const int64_t i = asked[k];
         float *const x = apart.data() + k * c.dim, *const given = weighed.data() + k * c.dim;
-        const float* const moved = made.data() + k * c.dim;
-        float common = 0.0f, along = 0.0f, whole = 0.0f;
         for (int64_t d = 0; d < c.dim; d++) {
-          x[d] = (x[d] - about_[d]) * c.scale;
-          common += x[d] * key[d], along += given[d] * value[d], whole += x[d] * moved[d];
+          x[d] = (c.query[(of + i) * c.dim + d] - about_[d]) * c.scale;
+          given[d] = shares[i] * c.grad_out[(of + i) * c.dim + d];
+          of_keys[d] += turns[i] * x[d];
+          of_values[d] += (1.0f - commons[i]) * given[d];
         }
-        // The share of the cell beside what is read exactly: its gradients are those of the whole, times it.
-        const float less = level + common + c.bias[h] - c.lse[of + asked[k]], share = std::exp(less > 0.0f ? 0.0f : less);
-        const float inside = whole + (1.0f - common) * along, of_lse = share * (inside - delta(of + asked[k]));
-        const float turn = of_lse - share * along;
-        for (int64_t d = 0; d < c.dim; d++) {
-          c.grad_query[(of + asked[k]) * c.dim + d] += c.scale * (share * moved[d] + turn * key[d]);
-          given[d] *= share;
-          of_keys[d] += turn * x[d];
-          of_values[d] += (1.0f - common) * given[d];
-        }
-        *of_score += of_lse - share * inside - common * turn;
+        *of_score += scores[i];
         read[k] = given;
       }
       add_outer(apart.data(), read.data(), n, back.data());
@@ -2001,7 +2011,7 @@ struct Expander {
       multiply(number, back.data());  // made: k'G + of_values
       multiply_rows(weighed.data(), number, back.data(), apart.data());  // apart: G v
       for (int64_t j = 0; j < number; j++) {
-        const float weight = std::exp(of_joined[first + j] - level);
+        const float weight = std::exp(of_joined[first + j] - level[u]);
         const float* const turned = apart.data() + j * c.dim;
         float sum = *of_score;
         for (int64_t d = 0; d < c.dim; d++)
@@ -2057,13 +2067,14 @@ extern "C" int farfield_expand_backward(const Expansion* expansion) {
 
 // Blocks of tokens added to what a cache has of those before: sums, and tokens kept out of them.
 struct Advance {
-  const float *key, *value;            // [batch, shared, N, D], the first of them token ``before``
+  const float *key, *value;            // [batch, shared, room, D], the first of them token ``before``
+  const int64_t* read;                 // [heads] the key head of each; null: neighbours share one
   const float* centres;                // [heads, number, D]
   float *of_lse, *of_key, *of_rows;    // [batch, heads, places, number], [.., D], [.., D + 1, D]: place n % places has
                                        // what is before block n
   int64_t* kept;                       // [batch, heads, places, number, open] rising; negative: none
   float* scores;                       // of these
-  int64_t batch, heads, shared, length, before, dim, number, block, open, sinks, first, last, places, threads;
+  int64_t batch, heads, shared, room, before, dim, number, block, open, sinks, first, last, places, threads;
   float scale;
 };
 
@@ -2072,13 +2083,13 @@ static int64_t place_of(const Advance& a, int64_t b, int64_t h, int64_t centre, 
   return ((b * a.heads + h) * a.places + n % a.places) * a.number + centre;
 }
 
-// What the cache has before block n, into a worker that has begun; the other way with ``put`` set.
-static void exchange(const Advance& a, Expander& w, int64_t at, bool put) {
+// What the cache has before block n, into a worker that has begun; the other way with ``back`` set.
+static void exchange(const Advance& a, Expander& w, int64_t at, bool back) {
   float *const key = a.of_key + at * a.dim, *const rows = a.of_rows + at * (a.dim + 1) * a.dim;
   float* const value = rows + a.dim * a.dim;
   int64_t* const kept = a.kept + at * a.open;
   float* const scores = a.scores + at * a.open;
-  if (put) {
+  if (back) {
     const float over = w.mass == 0.0f ? 0.0f : 1.0f / w.mass;
     a.of_lse[at] = w.mass == 0.0f ? NONE : std::log(w.mass) + w.peak;
     for (int64_t i = 0; i < a.dim * a.dim; i++) rows[i] = w.rows[i] * over;
@@ -2101,7 +2112,7 @@ extern "C" int farfield_advance(const Advance* advance) {
   const Advance& a = *advance;
   Expansion c{};
   c.key = a.key, c.value = a.value, c.centres = a.centres, c.batch = a.batch, c.heads = a.heads, c.shared = a.shared;
-  c.length = a.length, c.dim = a.dim, c.number = a.number, c.block = a.block, c.open = a.open, c.threads = a.threads;
+  c.read = a.read, c.length = a.room, c.dim = a.dim, c.number = a.number, c.block = a.block, c.open = a.open, c.threads = a.threads;
   c.scale = a.scale;
   return expand(c, c.batch * c.heads * c.number, [&](Expander& worker, int64_t i) {
     const int64_t b = i / c.number / c.heads, h = i / c.number % c.heads, centre = i % c.number;
