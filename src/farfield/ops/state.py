@@ -113,18 +113,21 @@ def merge_states(*states: AttentionState) -> AttentionState:
                 "merge_states needs states of one shape, got "
                 + ", ".join(f"out {tuple(s.out.shape)} lse {tuple(s.lse.shape)}" for s in states)
             )
-    wide = torch.promote_types(first.out.dtype, first.lse.dtype)
-    out, lse = first.out.to(wide), first.lse
-    for state in states[1:]:
-        peak = torch.maximum(lse, state.lse).detach()
-        peak = torch.where(peak == float("-inf"), torch.zeros_like(peak), peak)
-        more = (state.lse - peak).exp()
-        total = (lse - peak).exp() + more
-        empty = total == 0
-        safe = torch.where(empty, torch.ones_like(total), total)
-        # One pass over the outputs, which are most of the numbers.
-        out = torch.lerp(out, state.out.to(wide), (more / safe).to(wide).unsqueeze(-1))
-        lse = torch.where(empty, torch.full_like(total, float("-inf")), safe.log() + peak)
-    if len(states) > 1:
-        out = out.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
+    if len(states) == 1:
+        return AttentionState(*first)
+    lses = [state.lse for state in states]
+    peak = lses[0].detach()
+    for lse in lses[1:]:
+        peak = torch.maximum(peak, lse.detach())
+    peak = torch.where(peak == float("-inf"), torch.zeros_like(peak), peak)
+    masses = [(lse - peak).exp() for lse in lses]
+    total = torch.stack(masses).sum(0)
+    empty = total == 0
+    safe = torch.where(empty, torch.ones_like(total), total)
+    out = (masses[0] / safe).unsqueeze(-1) * first.out
+    # Into the product, which no gradient needs: two new tensors of this size at once would take longer to get than all of
+    # this takes.
+    for mass, state in zip(masses[1:], states[1:], strict=True):
+        out = out.addcmul_((mass / safe).to(out.dtype).unsqueeze(-1), state.out.to(out.dtype))
+    lse = torch.where(empty, torch.full_like(total, float("-inf")), safe.log() + peak)
     return AttentionState(out.to(first.out.dtype), lse)
