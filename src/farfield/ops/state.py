@@ -125,8 +125,7 @@ def merge_states(*states: AttentionState) -> AttentionState:
     empty = total == 0
     safe = torch.where(empty, torch.ones_like(total), total)
     out = (masses[0] / safe).unsqueeze(-1) * first.out
-    # Into the product, which no gradient needs: two new tensors of this size at once would take longer to get than all of
-    # this takes.
+    # Into the product, which no gradient needs: to get memory for a second one would take longer than all of this.
     for mass, state in zip(masses[1:], states[1:], strict=True):
         out = out.addcmul_((mass / safe).to(out.dtype).unsqueeze(-1), state.out.to(out.dtype))
     lse = torch.where(empty, torch.full_like(total, float("-inf")), safe.log() + peak)
