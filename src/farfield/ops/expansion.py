@@ -282,12 +282,13 @@ def expansion_state(
             those of their own centre exactly.
 
     Returns:
-        The state: the value to first order and the score as lse, both in float32 or wider (what is read exactly has its
-        value rounded to the inputs' precision); 0 and -inf where nothing is far. With at least as many ``open`` as
-        there are far tokens it is that of exact attention to them. O(N C D²) time and O(N open) beside it; gradients,
-        of queries, keys and values alone, compute the sums again instead of keeping them, and take what is kept as
-        given. No query depends on a later token. A value to first order is no mean: for a query far from all centres it
-        can lie outside the range of the values.
+        The state: the value to first order and the score as lse, both in float32 or wider; 0 and -inf where nothing is
+        far. With at least as many ``open`` as there are far tokens it is that of exact attention to them. O(N C D² + N
+        C open / block) time; gradients, of queries, keys and values alone, compute the sums and the choice again
+        instead of keeping them, and take what is kept as given. The compiled engine (float32 arithmetic on the CPU, D a
+        multiple of 32) goes through the tokens once for every centre and keeps nothing else of size N; torch makes the
+        tables of :func:`sift`. No query depends on a later token. A value to first order is no mean: for a query far
+        from all centres it can lie outside the range of the values.
     """
     # Autocast leaves rotated queries and keys in float32, and values not.
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
@@ -375,7 +376,7 @@ def _state(
     open: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same in torch, a run of blocks at a time; ``shown`` is [B or 1, N] bool."""
+    """:func:`expansion_state` in torch, a run of blocks at a time, for the centres ``own``; ``shown`` [B or 1, N]."""
     length, wide = query.shape[2], centres.dtype
     units = -(-length // block)
     joins: Tensor | None = None
@@ -418,8 +419,8 @@ def _state(
     cell = AttentionState(*(torch.cat(x, 1).flatten(2, 3)[:, :, :length] for x in (outs, scores)))
     if not open:
         return cell
-    exact = _read(query, key, value, kept, own, block, scale)
-    return merge_states(cell, AttentionState(exact.out.to(wide), exact.lse.to(wide)))
+    exact = _read(query.to(wide), key.to(wide), value.to(wide), kept, own, block, scale)
+    return merge_states(cell, AttentionState(exact.out, exact.lse.to(wide)))
 
 
 def _nothing(like: Tensor, centres: Tensor) -> Moments:
