@@ -1631,8 +1631,8 @@ struct Kept {
     std::fill(score.begin(), score.end(), -NONE);
   }
 
-  // Takes in n tokens behind all others. Those that are not kept, or no longer, go to ``left``, rising, with their scores
-  // to ``of_left``; returns how many they are, never more than n.
+  // Takes in n tokens behind all others. Those that are not kept, or no longer, go to ``left``, their scores to
+  // ``of_left``; returns how many they are, never more than n.
   int64_t admit(const int64_t* fresh, const float* of_fresh, int64_t n, int64_t* left, float* of_left) {
     // Of those without weight no list has any, and a full list none that are no larger than its least.
     const float least = count < open ? NONE : least_of(score.data(), count);
@@ -1645,13 +1645,8 @@ struct Kept {
     if (all <= open) return number;
     count = largest(score.data(), all, open, order.data(), stays.data());
     for (int64_t j = 0; j < all; j++) {
-      if (next < count && stays[next] == j) {
-        token[next] = token[j], score[next++] = score[j];
-        continue;
-      }
-      int64_t to = number++;
-      for (; to > 0 && left[to - 1] > token[j]; to--) left[to] = left[to - 1], of_left[to] = of_left[to - 1];
-      left[to] = token[j], of_left[to] = score[j];
+      if (next < count && stays[next] == j) token[next] = token[j], score[next++] = score[j];
+      else left[number] = token[j], of_left[number++] = score[j];
     }
     std::fill(score.begin() + count, score.begin() + all, -NONE);
     return number;
