@@ -395,3 +395,21 @@ def test_a_stream_wants_the_tokens_that_it_adds() -> None:
     stream = ExpansionStream(8, 0, open=4)
     with pytest.raises(ValueError, match="where centres keep some, those before as well"):
         stream.close(stream.empty(2, centres, torch.float32, torch.device("cpu")), 3, k, v, read, centres, 0.2, 16)
+
+
+@pytest.mark.parametrize("open", [0, 6])
+def test_a_stream_reads_tokens_however_they_lie(open: int) -> None:
+    """Parts of a larger buffer, tokens before heads, one row for all."""
+    _, k, v, centres, _ = case(40, 32, torch.float32)
+    stream, read = ExpansionStream(8, 3, open=open), torch.tensor([0, 1, 1, 0, 0, 1])
+    k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)
+    room = [torch.cat([x, torch.full_like(x, torch.nan)], 2)[:, :, :40] for x in (k, v)]
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    found = []
+    for keys, values in ((k.contiguous(), v.contiguous()), room, turned, (k, v)):
+        cache = stream.empty(2, centres, torch.float32, torch.device("cpu"))
+        for number in range(5):
+            stream.close(cache, number, keys, values, read, centres, 0.2)
+        found.append(list(cache.values()))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert found[0][0].isfinite().all()
