@@ -348,7 +348,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     StackState([state, state.clone()]).save(path)
     with pytest.raises(ValueError, match="holds the states of 2 layers"):
         StreamState.load(path)
-    header = {"farfield.stream": "1", "states": '[{"layer": "x", "caches": {"near": ["keys"]}}]'}
+    header = {"farfield.stream": "2", "states": '[{"layer": "x", "caches": {"near": ["keys"]}}]'}
     safetensors.save_file({"a": torch.zeros(1)}, path, metadata=header)
     with pytest.raises(ValueError, match="its header does not fit its tensors"):
         StreamState.load(path)
