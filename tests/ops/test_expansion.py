@@ -10,6 +10,8 @@ from farfield.ops import expansion
 from farfield.ops.compiled import choice as compiled
 from farfield.ops.expansion import ExpansionStream, expansion_state, nearest, sift
 
+needs_compiled = pytest.mark.skipif(compiled.why_not() is not None, reason=f"no compiled engine: {compiled.why_not()}")
+
 
 def case(length: int, width: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     """Queries, keys, values, centres and biases: 2 rows, 6 heads, 2 key heads, 3 centres."""
@@ -86,6 +88,7 @@ def test_it_is_exact_to_first_order() -> None:
     assert ((ratio > 3.5) & (ratio < 4.5)).all()
 
 
+@needs_compiled
 @pytest.mark.parametrize("shift", [0.0, 50.0], ids=["centred", "shifted"])
 @pytest.mark.parametrize(("width", "length"), [(32, 130), (64, 1997), (96, 997)])
 @pytest.mark.parametrize("open", [0, 33])
@@ -93,8 +96,6 @@ def test_the_compiled_engine_is_as_exact_as_torch(
     width: int, length: int, shift: float, open: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64, at most twice the error of torch in float32, also where all keys share a large part."""
-    if compiled.why_not() is not None:
-        pytest.skip(f"the compiled engine is not there: {compiled.why_not()}")
     given = [2 * x for x in case(length, width, torch.float32)]
     given[1][..., :4] += shift
     mask = torch.rand(2, length) < 0.7
@@ -137,6 +138,7 @@ def test_gradients_of_the_compiled_engine(open: int, length: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
+@needs_compiled
 @pytest.mark.parametrize("shift", [0.0, 50.0], ids=["centred", "shifted"])
 @pytest.mark.parametrize(("width", "block", "length"), [(64, 64, 517), (96, 20, 203)])
 @pytest.mark.parametrize("open", [0, 33])
@@ -144,8 +146,6 @@ def test_gradients_are_as_exact_as_those_of_torch(
     width: int, block: int, length: int, shift: float, open: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64, at most twice the error of torch in float32, also where all keys share a large part."""
-    if compiled.why_not() is not None:
-        pytest.skip(f"the compiled engine is not there: {compiled.why_not()}")
     given = case(length, width, torch.float32)
     given[1][..., :4] += shift
     weight, of_lse = torch.randn(2, 6, length, width), torch.randn(2, 6, length)
@@ -163,6 +163,7 @@ def test_gradients_are_as_exact_as_those_of_torch(
         assert 0 < (y - x).square().mean() <= 4 * (of_torch - x).square().mean()
 
 
+@needs_compiled
 def test_it_does_not_depend_on_the_number_of_threads() -> None:
     """Bit by bit: outputs, gradients, and what a stream is filled with."""
     q, k, v, centres, bias = case(333, 64, torch.float32)
@@ -304,6 +305,7 @@ def test_the_default_dtype_is_nobodys_business() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@needs_compiled
 @pytest.mark.parametrize("open", [0, 6])
 def test_gradients_of_torch_func(open: int) -> None:
     q, k, v, centres, bias = case(60, 32, torch.float32)

@@ -161,10 +161,8 @@ def sift(
         if unit > 1:
             place = slice((unit - 2) * block, (unit - 1) * block)
             seen = shown[:, None, None, place]
-            fresh = _scores(key[:, :, place], centres, scale).masked_fill(~seen, -torch.inf)
-            index = torch.arange(place.start, place.start + fresh.shape[-1], device=key.device)
-            every = torch.cat([tokens, index.where(seen, EMPTY).expand(fresh.shape)], -1)
-            tokens, left, scores = _kept_of(every, torch.cat([scores, fresh], -1), open, block)
+            tokens, left, scores = _admitted(tokens, scores, key[:, :, place], place.start, seen, centres, scale)
+            left = F.pad(left, (0, block - left.shape[-1]), value=EMPTY)
         kept.append(tokens)
         joins.append(left)
     return torch.stack(kept, 2), torch.stack(joins, 2)
@@ -184,16 +182,24 @@ def _scores(key: Tensor, centres: Tensor, scale: float) -> Tensor:
     return (_gathered(key, every).float() @ about[..., None]).squeeze(-1)
 
 
-def _kept_of(tokens: Tensor, scores: Tensor, open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of tokens [.., n], ``EMPTY`` or scored, those kept [.., open], the others [.., block], scores of the kept."""
+def _admitted(
+    tokens: Tensor, scores: Tensor, key: Tensor, start: int, seen: Tensor, centres: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What of tokens kept [.., open] and of those that come, seen [.., M], stays, what leaves [.., M], scores kept.
+
+    Those that come have the keys [B, Hkv, M, D] and the numbers from ``start`` on.
+    """
+    open, size = tokens.shape[-1], key.shape[2]
+    fresh = _scores(key, centres, scale).masked_fill(~seen, -torch.inf)
+    index = torch.arange(start, start + size, device=key.device).where(seen, EMPTY)
+    tokens, scores = torch.cat([tokens, index.expand(fresh.shape)], -1), torch.cat([scores, fresh], -1)
     chosen = top(scores, open)
     none, place = chosen == EMPTY, chosen.clamp(min=0)
     kept, score = (x.gather(-1, place).masked_fill(none, f) for x, f in ((tokens, EMPTY), (scores, -torch.inf)))
     others = F.pad(tokens, (0, 1)).scatter(-1, chosen.masked_fill(none, tokens.shape[-1]), EMPTY)[..., :-1]
-    # Those that are left come first, in their order; never more of them than came in.
-    order = (others == EMPTY).to(torch.uint8).argsort(stable=True, dim=-1)[..., :block]
-    left = others.gather(-1, order)
-    return kept, F.pad(left, (0, block - left.shape[-1]), value=EMPTY), score
+    # Those that leave come first, in their order; never more of them than came in.
+    order = (others == EMPTY).to(torch.uint8).argsort(stable=True, dim=-1)[..., :size]
+    return kept, others.gather(-1, order), score
 
 
 def _read(
@@ -287,8 +293,9 @@ def expansion_state(
         C open / block) time; gradients, of queries, keys and values alone, compute the sums and the choice again
         instead of keeping them, and take what is kept as given. The compiled engine (float32 arithmetic on the CPU, D a
         multiple of 32) goes through the tokens once for every centre and keeps nothing else of size N; torch makes the
-        tables of :func:`sift`. No query depends on a later token. A value to first order is no mean: for a query far
-        from all centres it can lie outside the range of the values.
+        tables of :func:`sift`, and has no gradients inside ``torch.func``'s transforms. No query depends on a later
+        token. A value to first order is no mean: for a query far from all centres it can lie outside the range of the
+        values.
     """
     # Autocast leaves rotated queries and keys in float32, and values not.
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
@@ -493,6 +500,11 @@ class ExpansionStream:
         scale: float, before: int,
     ) -> None:  # fmt: skip
         """Adds blocks ``first`` to ``last``, the last left out, of keys that ``before`` tokens are in front of."""
+        if before > first * self.block or last * self.block - before > key.shape[2] or (before and self.open):
+            raise ValueError(
+                f"blocks {first} to {last} of {self.block} tokens, of keys {tuple(key.shape)} that {before} tokens are "
+                "in front of: all tokens of these blocks are needed, and where centres keep some, those before as well"
+            )
         centres = centres.to(cache["lse"].dtype)
         if _fits(key, centres):
             sums = cache["lse"], cache["key"], cache["rows"]
@@ -516,13 +528,11 @@ class ExpansionStream:
         """Writes what is kept after block ``number``; what joins the sums with it, [B, H, 1, C, M]."""
         start, at, to = number * self.block, number % self.places, (number + 1) % self.places
         with exactly(key.device):
-            index = torch.arange(start, start + self.block, device=key.device)
-            fresh = _scores(key[:, :, start : start + self.block], centres, scale)
-            fresh = fresh.masked_fill(index < self.sinks, -torch.inf)
-            tokens = index.where(index >= self.sinks, EMPTY).expand(fresh.shape)
-            tokens = torch.cat([cache["kept"][:, :, at], tokens], -1)
-            fresh = torch.cat([cache["scores"][:, :, at], fresh], -1)
-            kept, joins, scores = _kept_of(tokens, fresh, self.open, self.block)
+            seen = torch.arange(start, start + self.block, device=key.device) >= self.sinks
+            kept, joins, scores = _admitted(
+                cache["kept"][:, :, at], cache["scores"][:, :, at], key[:, :, start : start + self.block], start, seen,
+                centres, scale,
+            )  # fmt: skip
         cache["kept"][:, :, to], cache["scores"][:, :, to] = kept, scores
         return joins[:, :, None]
 

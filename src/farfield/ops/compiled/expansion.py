@@ -200,11 +200,6 @@ def advance(
     kept; ``read`` [H] says which key head is whose, None that neighbours share one. Place b % R has what is before
     block b, for the last R of them.
     """
-    if before > first * block or last * block - before > key.shape[2] or (before and kept is not None):
-        raise ValueError(
-            f"blocks {first} to {last} of {block} tokens, of keys {tuple(key.shape)} that {before} tokens are in front "
-            "of: all tokens of these blocks are needed, and where centres keep some, those before as well"
-        )
     key, value = _rows(key), _rows(value)
     if key.stride() != value.stride():
         key, value = key.contiguous(), value.contiguous()
