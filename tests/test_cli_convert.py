@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import lzma
 from collections.abc import Callable
 from pathlib import Path
@@ -210,3 +211,6 @@ def test_who_knows_the_key_has_all_digits_right() -> None:
     # The first digit follows "is ", which the key's sentence says; every other follows the digits before it.
     assert found.digits == 1.0
     assert found.keys == 1.0
+    assert found.nats == pytest.approx(math.log(256 + math.e) - 1)
+    (found,) = passkey(Mute(), tokenizer(), "x" * 90, 200, [0.5], 2, seed=0)
+    assert found.digits == 0.0 and found.nats == pytest.approx(math.log(257))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import Result
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
@@ -16,6 +17,7 @@ pytest.importorskip("peft", reason="peft is not installed (extra 'distill')")
 from farfield.commands import distill  # noqa: E402
 from farfield.commands.interrupt import Interruption  # noqa: E402
 from farfield.interop.transformers import configure, register  # noqa: E402
+from farfield.interop.transformers.distill import Windows  # noqa: E402
 from farfield.interop.transformers.texts import apart, room, spread  # noqa: E402
 from support.tiny_models import make  # noqa: E402
 from support.tiny_tokenizer import tokenizer  # noqa: E402
@@ -65,7 +67,7 @@ def test_distilled_written_and_measured(
     told = report["distillation"]
     assert told["texts"] == ["text.txt"]
     assert told["original"] == "original"
-    assert told["windows"] == {"refit": 1, "train": 3, "held": 1}
+    assert told["windows"] == {"refit": 1, "train": 3, "held": 1} and told["recall"] == 0
     assert told["divergence"]["after"] < told["divergence"]["before"]
     assert f"{told['divergence']['before']:.5f} nats per token before" in made.output
     assert {path.suffix for path in out.iterdir()} <= {".json", ".safetensors"}
@@ -118,10 +120,12 @@ def test_stopped_and_gone_on_with(
 
     # As a version without them wrote it: what it did not know was as by default.
     settings = json.loads((out / "distillation.json").read_text())
-    del settings["training"]["precision"]
+    del settings["training"]["precision"], settings["recall"]
     (out / "distillation.json").write_text(json.dumps(settings))
     said = invoke(*given, "--out", out, "--resume", "--precision", "bfloat16")
     assert "training precision 'bfloat16' (was 'float32')" in " ".join(said.output.split())
+    said = invoke(*given, "--out", out, "--resume", "--recall", 1)
+    assert "cannot resume with another recall 1 (was 0)" in " ".join(said.output.split())
     said = invoke(*given, "--out", out, "--resume", "--keep-targets")
     assert said.exit_code == 0, said.output
     assert "refit: " not in said.output
@@ -154,6 +158,7 @@ def test_far_from_the_original_is_said(
         (["--against", "LARGER"], "LARGER divide text differently"),
         (["--out", "ORIGINAL"], "is not empty; give another --out"),
         (["--resume"], "holds no distillation to resume"),
+        (["--recall", "4"], "--recall 4: at most all windows to train on, --windows 3, would be accepted"),
     ],
 )
 def test_bad_input(
@@ -177,6 +182,25 @@ def test_bad_input(
     assert said.exit_code == 2, said.output
     assert message in said.output
     assert "--out" in arguments or not list((tmp_path / "out").glob("*"))
+
+
+def test_some_windows_end_in_what_stood_far_before(text: Path) -> None:
+    """As many of each text as asked for, apart from each other; the rest, and what is fitted or judged, stays plain."""
+    lines = "".join(f"line {number * number} of the text\n" for number in range(3000))
+    wanted, console = {"refit": 1, "train": 4, "held": 1}, Console()
+
+    def taken(recall: int) -> Windows:
+        return distill._windows(tokenizer(), {text: lines}, 400, wanted, recall, 0, console)
+
+    plain, some = taken(0), taken(2)
+    assert [torch.equal(a, b) for a, b in zip(plain.train, some.train, strict=True)] == [False, True, False, True]
+    assert all(torch.equal(a, b) for use in ("refit", "held") for a, b in zip(getattr(plain, use), getattr(some, use), strict=True))
+    for before, now in zip(plain.train[::2], some.train[::2], strict=True):
+        assert torch.equal(before[:300], now[:300])
+        kept = now[:300].unfold(0, 32, 1)
+        for start in (300, 332, 364):
+            assert (kept == now[start : start + 32]).all(1).any()
+    assert not torch.equal(some.train[0][300:], some.train[2][300:])
 
 
 def test_windows_that_a_text_has_room_for() -> None:

@@ -57,6 +57,14 @@ def distill_command(
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Of training, at most.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of every text to train on, one a step.")] = 32,
+    recall: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Of these, windows of every text whose end repeats what stood far before: plain text hardly asks for "
+            "it.",
+        ),
+    ] = 0,
     lora: Annotated[int, typer.Option(min=0, help="Rank of changes to attention projections; 0 for none.")] = 8,
     lr: Annotated[float, typer.Option(help="Highest rate of Adam.")] = 2e-3,
     layer_weight: Annotated[
@@ -103,6 +111,8 @@ def distill_command(
             steps, seconds, lora, lr, layer_weight=layer_weight, recompute=recompute, precision=precision,
             keep_targets=keep_targets, seed=seed,
         )  # fmt: skip
+    if recall > windows:
+        raise ValueError(f"--recall {recall}: at most all windows to train on, --windows {windows}, would be accepted")
     if tune is None and not refit:
         raise ValueError("--no-refit --steps 0: nothing is left to do; leave out one of them")
     _check_out(out, resume)
@@ -115,7 +125,7 @@ def distill_command(
     if ours.tokenizer(sample).input_ids != theirs.tokenizer(sample).input_ids:
         raise ValueError(f"the tokenizers of {converted} and {against} divide text differently; one model is needed")
     wanted = {"refit": refit_windows if refit else 0, "train": windows if tune else 0, "held": held_out}
-    spans = _windows(ours.tokenizer, contents, length, wanted, seed, console)
+    spans = _windows(ours.tokenizer, contents, length, wanted, recall, seed, console)
     work = Distillation(ours.model, theirs.model, spans, tune, target=refit_target)
     settings = {
         "converted": converted.name,
@@ -123,6 +133,7 @@ def distill_command(
         "texts": [path.name for path in text],
         "length": length,
         "windows": {"refit": len(spans.refit), "train": len(spans.train), "held": len(spans.held)},
+        "recall": recall if tune else 0,
         "refit": refit_target if refit else None,
         "training": None if tune is None else {k: v for k, v in vars(tune).items() if k not in _ENDS},
         "fingerprint": _fingerprint(ours.model, theirs.model, spans),
@@ -137,7 +148,7 @@ def distill_command(
     except BaseException:
         states.remove_empty()
         raise
-    named = {name: settings[name] for name in ("original", "texts", "length", "windows")}
+    named = {name: settings[name] for name in ("original", "texts", "length", "windows", "recall")}
     save(ours.model, ours.tokenizer, report, out, converted, **named, seed=seed)
     console.print(_sentence(report), soft_wrap=True)
     console.print(f"written to {out}; measure it with: farfield eval {out} --against {against}", soft_wrap=True)
@@ -165,13 +176,25 @@ def _contents(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _windows(
-    tokenizer: Any, contents: dict[Path, str], length: int, wanted: dict[str, int], seed: int, console: Console
+    tokenizer: Any,
+    contents: dict[Path, str],
+    length: int,
+    wanted: dict[str, int],
+    recall: int,
+    seed: int,
+    console: Console,
 ) -> Windows:
-    """So many windows of each text for every use; those to judge by are from where the others end."""
+    """So many windows of each text for every use; those to judge by are from where the others end.
+
+    Of those to train on, ``recall`` of each text, equally far apart, end in what stood far before.
+    """
+    import torch
+
     from farfield.interop.transformers import texts
     from farfield.interop.transformers.distill import Windows
 
     found: dict[str, list[Tensor]] = {use: [] for use in wanted}
+    generator = torch.Generator().manual_seed(seed)
     for path, content in contents.items():
         begin, end = texts.apart(content, length, wanted["held"])
         for shift, (use, number) in enumerate(wanted.items()):
@@ -183,7 +206,12 @@ def _windows(
                 console.print(
                     f"{name} has room for {possible} of {number} windows of {length:,} tokens", soft_wrap=True
                 )
-            found[use] += texts.spread(tokenizer, part, length, possible, seed + shift, name)
+            taken = texts.spread(tokenizer, part, length, possible, seed + shift, name)
+            if use == "train":
+                repeats = min(recall, possible)
+                for place in (i * possible // repeats for i in range(repeats)):
+                    taken[place], _ = texts.repeating(taken[place], generator)
+            found[use] += taken
     return Windows(**found)
 
 
@@ -202,6 +230,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with those of training each by its own name; what an older version did not know was as by default."""
     from farfield.interop.transformers.tuning import TuneConfig
 
+    settings = {"recall": 0, **settings}
     training = settings.get("training")
     if not isinstance(training, dict):
         return settings

@@ -191,13 +191,15 @@ def _print(console: Console, names: list[str], rows: list[_Row], keys: list[list
     console.print(table)
     if not keys:
         return
-    hidden = Table(title="passkey: digits right (whole keys right)")
+    hidden = Table(title="passkey: digits right (whole keys right), nats per digit")
     for column in ("tokens", "depth", *names):
         hidden.add_column(column, justify="right")
     for at_length in keys:
         for found in zip(*at_length, strict=True):
             hidden.add_row(
-                f"{found[0].length:,}", f"{found[0].depth:.0%}", *(f"{k.digits:.0%} ({k.keys:.0%})" for k in found)
+                f"{found[0].length:,}",
+                f"{found[0].depth:.0%}",
+                *(f"{k.digits:.0%} ({k.keys:.0%}), {k.nats:.2f}" for k in found),
             )
     console.print(hidden)
 

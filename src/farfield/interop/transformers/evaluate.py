@@ -213,12 +213,14 @@ class Passkey(NamedTuple):
         depth: where the key lay, 0 = at the start, 1 = at the end.
         digits: share of the key's tokens that the model ranked first, each after the right ones before it.
         keys: share of keys with all tokens right.
+        nats: mean loss of a token of the key after the right ones before it; ln 10 = 2.30 knows that it is a digit.
     """
 
     length: int
     depth: float
     digits: float
     keys: float
+    nats: float
 
 
 @torch.no_grad()
@@ -239,14 +241,17 @@ def passkey(
     found = []
     for depth in depths:
         right: list[Tensor] = []
+        nats: list[float] = []
         for trial in range(trials):
             stretch = filler[trial * _STRETCH * length % max(len(filler), 1) :] + filler
             ids, answer = passkey_prompt(tokenizer, stretch, length, depth, f"{seed}/{depth}/{trial}")
             ids = ids.to(device)
-            guesses = torch.cat([logits.argmax(-1) for _, logits in _answers(model, ids).logits()])
-            right.append((guesses[-answer:] == ids[-answer:]).float().cpu())
+            answers = _answers(model, ids)
+            logits = answers.head(answers.rows[-answer:]).float()
+            right.append((logits.argmax(-1) == ids[-answer:]).float().cpu())
+            nats.append(float(F.cross_entropy(logits, ids[-answer:])))
         mean = sum(float(r.mean()) for r in right) / trials
-        found.append(Passkey(length, depth, mean, sum(float(r.all()) for r in right) / trials))
+        found.append(Passkey(length, depth, mean, sum(float(r.all()) for r in right) / trials, sum(nats) / trials))
     return found
 
 
