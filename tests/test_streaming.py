@@ -70,6 +70,17 @@ LAYERS: dict[str, dict[str, Any]] = {
             ),
         ),
     },
+    "by head, one key head kept": {
+        "near": near.Blocks(8),
+        "far": far.ByHead(
+            (((0,), far.Pyramid(2, levels=1, open=3, rest="drop", choose="bounds", bias=None, sinks=3)),),
+            expansions=(
+                far.Expansion.of((0,), (0.5,), torch.ones(1, 2, 4).cumsum(1)),
+                far.Expansion.of((1, 2), (0.5, -1.0), torch.ones(2, 3, 4).cumsum(1), 7),
+                far.Expansion.of((3,), (1.0,), torch.ones(1, 1, 4), 12),
+            ),
+        ),
+    },
     "blocks": {"near": near.Blocks(5)},
     "dense": {"near": near.Dense()},
     "window": {"near": near.Window(7)},
@@ -162,8 +173,11 @@ def test_a_step_equals_the_prefill_at_every_prefix(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["fma cells", "linear centred", "partition shifted, bias", "window and pooled in reach", "anchors and pooled"],
-)
+    [
+        "fma cells", "linear centred", "partition shifted, bias", "window and pooled in reach", "anchors and pooled",
+        "by head, one key head kept",
+    ],
+)  # fmt: skip
 def test_after_a_prompt_of_any_length(name: str) -> None:
     module, x = build(name), torch.randn(1, 75, 16, dtype=torch.float64)
     want = all_rows(module, x)
@@ -215,7 +229,10 @@ def test_low_precision_stays_within_the_budget(name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("rope", [50.0, None], ids=["rope", "no rope"])
-@pytest.mark.parametrize("name", ["fma", "window strided", "linear", "dense and projection", "by head, opened"])
+@pytest.mark.parametrize(
+    "name",
+    ["fma", "window strided", "linear", "dense and projection", "by head, opened", "by head, one key head kept"],
+)
 def test_under_autocast(name: str, rope: float | None) -> None:
     module, x = (
         shaken(ff.Attention(16, 4, num_kv_heads=2, causal=True, **{"rope": rope, **LAYERS[name]})),
@@ -348,7 +365,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     StackState([state, state.clone()]).save(path)
     with pytest.raises(ValueError, match="holds the states of 2 layers"):
         StreamState.load(path)
-    header = {"farfield.stream": "2", "states": '[{"layer": "x", "caches": {"near": ["keys"]}}]'}
+    header = {"farfield.stream": "3", "states": '[{"layer": "x", "caches": {"near": ["keys"]}}]'}
     safetensors.save_file({"a": torch.zeros(1)}, path, metadata=header)
     with pytest.raises(ValueError, match="its header does not fit its tensors"):
         StreamState.load(path)

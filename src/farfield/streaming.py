@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from farfield.ops.cache import Cache
+from farfield.ops.cache import Cache, grown
 from farfield.ops.state import AttentionState
 from farfield.parts import Inputs
 
 __all__ = ["Decoder", "StackState", "StreamModule", "StreamSpec", "StreamState", "row_positions"]
 
-_FORMAT = "2"
+_FORMAT = "3"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class StreamModule(nn.Module):
         Args:
             inputs: T >= 1 tokens that follow the first ``length``; grid (T,), causal, positions counted from the start
                 of the sequence.
-            cache: of exactly these rows; written in place.
+            cache: of exactly these rows; written in place, or given tensors of another length where that hangs on what
+                the tokens are.
             length: tokens in the cache.
             rewind: tokens that can be taken back, as the cache was made.
             need_lse: whether an attention state is wanted, from parts that give one.
@@ -394,6 +395,8 @@ class Decoder:
                 if count:
                     caches = {name: _rows(cache, rows) for name, cache in state.caches.items()}
                     out[rows, :, :count] = self._run(_cut(inputs, rows, count), caches, length, state.limit)
+                    for name, cache in state.caches.items():
+                        _put_rows(cache, rows, caches[name])
         state.advance(counts)
         if order is None:
             return out
@@ -448,6 +451,14 @@ def _runs(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[slice
 
 def _rows(cache: Cache, rows: slice) -> Cache:
     return {name: t[rows] for name, t in cache.items()}
+
+
+def _put_rows(cache: Cache, rows: slice, part: Cache) -> None:
+    """Tensors that a step put in place of those rows, into the whole; the axis 2 that other rows do not fill is 0."""
+    for name, x in part.items():
+        if x.data_ptr() != cache[name][rows].data_ptr():
+            cache[name] = grown(cache[name], x.shape[2])
+            cache[name][rows, :, : x.shape[2]] = x
 
 
 def _packed(inputs: Inputs, order: Tensor) -> Inputs:

@@ -184,12 +184,18 @@ WIDE = {
 """For a width that the compiled engine takes."""
 
 
+@pytest.mark.parametrize("opened", [(), (1,)], ids=["near", "one key head opened"])
 @pytest.mark.parametrize("sinks", [0, 3, 11])
 @pytest.mark.parametrize("chunk", [1, 5, 33])
 @pytest.mark.parametrize("expansions", WIDE.values(), ids=WIDE)
-def test_an_expansion_streams_compiled(sinks: int, chunk: int, expansions: tuple[Expansion, ...]) -> None:
+def test_an_expansion_streams_compiled(
+    opened: tuple[int, ...], sinks: int, chunk: int, expansions: tuple[Expansion, ...]
+) -> None:
     """In float32, with tokens taken back across the border of a block, and other ones in their place meanwhile."""
-    far = ByHead(sinks=sinks, expansions=expansions)
+    if opened and any(1 in x.heads for x in expansions):
+        expansions = tuple(x.only(tuple(h for h in x.heads if h != 1)) for x in expansions)
+    groups = ((opened, replace(OPENED, sinks=sinks)),) if opened else ()
+    far = ByHead(groups, sinks=sinks, expansions=expansions)
     layer = ff.Attention(192, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).eval()
     x = torch.randn(2, 75, 192)
     with torch.no_grad():
@@ -208,7 +214,11 @@ def test_an_expansion_streams_compiled(sinks: int, chunk: int, expansions: tuple
                 at = stop
 
 
-@pytest.mark.parametrize("groups", [(), (((4, 0), OPENED), ((3, 1), PLAIN))], ids=["near", "opened"])
+@pytest.mark.parametrize(
+    "groups",
+    [(), (((4, 0), OPENED), ((3, 1), PLAIN)), (((1,), OPENED), ((4, 0), PLAIN))],
+    ids=["near", "opened", "one key head opened"],
+)
 @pytest.mark.parametrize("sinks", [0, 3, 11])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 33])
 @pytest.mark.parametrize("expansions", [(EXPANSION,), KEEPING], ids=["cell", "kept"])
@@ -232,6 +242,29 @@ def test_an_expansion_streams(groups: Any, sinks: int, chunk: int, expansions: t
                 stop = min(75, at + chunk)
                 torch.testing.assert_close(layer.step(x[:, at:stop], state), whole[:, at:stop])
                 at = stop
+
+
+def test_decoding_keeps_what_somebody_reads() -> None:
+    """All tokens of a key head whose cells are opened; of another what is on its heads' lists, at any length."""
+    lists = (Expansion.of((3, 4), (0.0, 0.0), _wide(2, 3, 32), 5), Expansion.of((1, 5), (0.0, 0.0), _wide(2, 2, 32), 7))
+    groups = (((0,), replace(OPENED, sinks=3)),)
+    layer = ff.Attention(192, 6, num_kv_heads=2, near=Blocks(8), far=ByHead(groups, expansions=lists), causal=True)
+    sizes = {}
+    for length in (40, 400, 4000):
+        state = layer.eval().stream()
+        layer.step(torch.randn(1, length, 192), state)
+        for _ in range(9):
+            layer.step(torch.randn(1, 1, 192), state)
+        cache = state.caches["far"]
+        assert cache["tokens/keys"].shape[1] == 1 and cache["tokens/keys"].shape[2] >= length
+        assert cache["near/keys"].shape[1:3] == (1, 3 + 2 * 8)
+        # Lists of 2 heads with 3 centres that keep 5 tokens, and of 1 with 2 that keep 7.
+        listed = [cache[f"expansion{number}/kept"][0].flatten().tolist() for number in (1, 2)]
+        assert [cache[f"expansion{number}/kept"].shape[1] for number in range(3)] == [1, 2, 1]
+        kept = {row for rows in listed for row in rows if row >= 0}
+        assert sorted(kept) == list(range(cache["kept/keys"].shape[2]))
+        sizes[length] = len(kept)
+    assert sizes[40] <= 37 and 14 <= sizes[400] <= 44 and 14 <= sizes[4000] <= 44
 
 
 def test_parameters_belong_to_the_heads_of_a_group() -> None:

@@ -176,7 +176,7 @@ def test_it_does_not_depend_on_the_number_of_threads() -> None:
             grads = torch.autograd.grad(got.out.sum(), (q, k, v))
             stream = ExpansionStream(32, 3, open=20)
             cache = stream.empty(2, centres, torch.float32, torch.device("cpu"))
-            stream.fill(cache, k.detach(), v.detach(), centres, 0.2)
+            stream.fill(cache, k.detach(), v.detach(), torch.arange(6) // 3, centres, 0.2)
             found.append([*got, *grads, *cache.values()])
     finally:
         torch.set_num_threads(threads)
@@ -330,7 +330,7 @@ def test_a_stream_keeps_the_first_of_equal_keys(prompt: int) -> None:
     torch.testing.assert_close(whole.out.double(), in_torch.out, rtol=1e-4, atol=1e-5)
     stream, read = ExpansionStream(4, 3, open=7), torch.arange(6) // 3
     cache = stream.empty(2, centres, torch.float32, torch.device("cpu"))
-    stream.fill(cache, k[:, :, :prompt], v[:, :, :prompt], centres, 0.2)
+    stream.fill(cache, k[:, :, :prompt], v[:, :, :prompt], read, centres, 0.2)
     for at in range(prompt, 151):
         got = stream.attend(cache, q[:, :, at : at + 1], k, v, read, centres, bias, at // 4, 0.2)
         torch.testing.assert_close(got.out[:, :, 0], whole.out[:, :, at], rtol=1e-4, atol=1e-5)
@@ -348,7 +348,7 @@ def test_a_stream_has_the_same_sums(prompt: int, open: int, width: int, dtype: t
     whole = expansion_state(q, k, v, centres, bias, block=4, key_mask=None, scale=scale, sinks=3, open=open)
     stream, read = ExpansionStream(4, 3, open=open), torch.arange(6) // 3
     cache = stream.empty(2, centres, dtype, torch.device("cpu"))
-    stream.fill(cache, k[:, :, :prompt], v[:, :, :prompt], centres, scale)
+    stream.fill(cache, k[:, :, :prompt], v[:, :, :prompt], read, centres, scale)
     for at in range(prompt, 151):
         got = stream.attend(cache, q[:, :, at : at + 1], k, v, read, centres, bias, at // 4, scale)
         torch.testing.assert_close(got.out[:, :, 0], whole.out[:, :, at], **near)
@@ -369,7 +369,7 @@ def test_a_prefix_and_its_blocks_one_by_one_leave_the_same(
     stream, read = ExpansionStream(4, 3, rewind=9, open=open), torch.arange(6) // 3
     assert stream.places == 4
     filled, closed = (stream.empty(2, centres, dtype, torch.device("cpu")) for _ in range(2))
-    stream.fill(filled, k, v, centres, 0.2)
+    stream.fill(filled, k, v, read, centres, 0.2)
     for number in range(length // 4):
         first = 0 if open else max(0, number - 1) * 4
         stream.close(closed, number, k[:, :, first:], v[:, :, first:], read, centres, 0.2, first)
@@ -395,8 +395,10 @@ def test_a_stream_wants_the_tokens_that_it_adds() -> None:
         with pytest.raises(ValueError, match=r"blocks 2 to 3 of 8 tokens, of keys \(2, 2, [48], 32\)"):
             stream.close(cache, number, k[:, :, first:stop], v[:, :, first:stop], read, centres, 0.2, first)
     stream = ExpansionStream(8, 0, open=4)
-    with pytest.raises(ValueError, match="where centres keep some, those before as well"):
-        stream.close(stream.empty(2, centres, torch.float32, torch.device("cpu")), 3, k, v, read, centres, 0.2, 16)
+    cache = stream.empty(2, centres, torch.float32, torch.device("cpu"))
+    stream.fill(cache, k[:, :, :24], v[:, :, :24], read, centres, 0.2)
+    with pytest.raises(ValueError, match=r"kept in rows up to 1[0-5]: rows in front of block 2 of 8 tokens are 0 to 5"):
+        stream.close(cache, 3, k[:, :, 10:], v[:, :, 10:], read, centres, 0.2, 10)
 
 
 @pytest.mark.parametrize("open", [0, 6])

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from farfield.far.by_head_stream import Home, homes_of, index_of, joined, shares_tokens, take, within
 from farfield.far.expansion import Expansion
 from farfield.far.pyramid import Pyramid
 from farfield.geometry import integers, per_axis
 from farfield.near.blocks import Blocks, near_state
-from farfield.ops.cache import Cache, join_rows
-from farfield.ops.expansion import ExpansionStream, expansion_state
-from farfield.ops.multipole.stream import MultipoleStream, Weights
-from farfield.ops.opened.heads import HeadsStream, Opens
-from farfield.ops.state import AttentionState, merge_states
+from farfield.ops.cache import Cache
+from farfield.ops.expansion import expansion_state
+from farfield.ops.state import AttentionState
 from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
 
@@ -150,10 +146,7 @@ class _ByHead(StreamModule):
         self.heads = [list(heads) for heads, _ in options.groups]
         self.kv_heads = [_key_heads(heads, spec.num_heads // spec.num_kv_heads) for heads in self.heads]
         self.parts = nn.ModuleList()
-        # Whether decoding keeps all tokens in one place.
-        self.together = any(_together(pyramid) for _, pyramid in options.groups) or any(
-            x.open for x in options.expansions
-        )
+        self._homes: dict[int, tuple[Home, ...]] = {}
         for heads, kv_heads, (_, pyramid) in zip(self.heads, self.kv_heads, options.groups, strict=True):
             alone = replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads))
             self.parts.append(pyramid.build_far(alone, near))
@@ -164,15 +157,13 @@ class _ByHead(StreamModule):
             part(self._of_heads(inputs, heads, kv_heads))
             for heads, kv_heads, part in zip(self.heads, self.kv_heads, self.parts, strict=True)
         ]
-        return self._joined(self._all_heads(inputs), far, [head for heads in self.heads for head in heads])
+        return joined(self._all_heads(inputs), far, [head for heads in self.heads for head in heads])
 
     def _all_heads(self, inputs: Inputs) -> AttentionState:
         """What needs no group: the near field and the expansions."""
         near = near_state(inputs, self.block, self.options.sinks or 0)
-        return self._with_expansions(near, [self._expansion(inputs, x) for x in self.options.expansions])
-
-    def _with_expansions(self, near: AttentionState, states: list[AttentionState]) -> AttentionState:
-        return self._joined(near, states, [head for x in self.options.expansions for head in x.heads])
+        states = [self._expansion(inputs, x) for x in self.options.expansions]
+        return joined(near, states, [head for x in self.options.expansions for head in x.heads])
 
     def _expansion(self, inputs: Inputs, expansion: Expansion) -> AttentionState:
         """Everything far, for the heads that have this expansion."""
@@ -180,46 +171,21 @@ class _ByHead(StreamModule):
             state = by_segment(inputs, lambda part: self._expansion(part, expansion))
             assert isinstance(state, AttentionState)
             return state
-        query, key, value = self._of_expansion(expansion, inputs.rotated_q, inputs.rotated_k, inputs.v)
+        read = tuple(_key_heads(list(expansion.heads), self.spec.num_heads // self.spec.num_kv_heads))
+        query, key, value = take(inputs.rotated_q, expansion.heads), take(inputs.rotated_k, read), take(inputs.v, read)
         centres, bias = expansion.on(query.device)
         return expansion_state(
             query, key, value, centres, bias, block=self.block[0], key_mask=inputs.key_mask, scale=inputs.scale,
             sinks=self.options.sinks or 0, open=expansion.open,
         )  # fmt: skip
 
-    def _read_by(self, expansion: Expansion) -> list[int]:
-        """The key heads of an expansion's heads."""
-        return _key_heads(list(expansion.heads), self.spec.num_heads // self.spec.num_kv_heads)
-
-    def _of_expansion(
-        self, expansion: Expansion, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the heads that have it."""
-        read = self._read_by(expansion)
-        return _take(query, list(expansion.heads)), _take(key, read), _take(value, read)
-
-    def _joined(self, near: AttentionState, far: list[AttentionState], heads: list[int]) -> AttentionState:
-        """The far fields of groups, one after the other of ``heads``, merged into the near field of these heads."""
-        if not far:
-            return near
-        joined = far[0]
-        if len(far) > 1:
-            joined = AttentionState(torch.cat([x.out for x in far], 1), torch.cat([x.lse for x in far], 1))
-        if heads == list(range(near.out.shape[1])):  # every head in its place: nothing to pick and put back
-            return merge_states(near, joined)
-        index = _index(tuple(heads), near.out.device)
-        joint = merge_states(AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)), joined)
-        return AttentionState(
-            near.out.index_copy(1, index, joint.out.to(near.out.dtype)), near.lse.index_copy(1, index, joint.lse)
-        )
-
     def _of_heads(self, inputs: Inputs, heads: list[int], kv_heads: list[int]) -> Inputs:
         """The inputs of a group: its queries, and the keys and values that they read."""
         return replace(
             inputs,
-            q=_take(inputs.q, heads),
-            k=_take(inputs.k, kv_heads),
-            v=_take(inputs.v, kv_heads),
+            q=take(inputs.q, tuple(heads)),
+            k=take(inputs.k, tuple(kv_heads)),
+            v=take(inputs.v, tuple(kv_heads)),
         )
 
     def _parts(self) -> list[tuple[str, StreamModule, list[int], list[int]]]:
@@ -230,51 +196,35 @@ class _ByHead(StreamModule):
             parts.append((f"{number}/", part, heads, kv_heads))
         return parts
 
-    def _stream(self, rewind: int) -> MultipoleStream:
-        """Near field and sinks, where no tokens are kept for opening."""
-        assert self.options.sinks is not None
-        return MultipoleStream(self.block[0], 1, None, False, self.options.sinks, "near", rewind)
-
-    def _moments(self, rewind: int) -> list[tuple[str, Expansion, ExpansionStream]]:
-        """Name in a cache, options and stream of every expansion."""
-        sinks = self.options.sinks or 0
-        return [
-            (f"expansion{i}/", x, ExpansionStream(self.block[0], sinks, rewind, x.open))
-            for i, x in enumerate(self.options.expansions)
-        ]
-
     def _apart(self) -> list[tuple[str, StreamModule, list[int], list[int]]]:
         """Those of :meth:`_parts` that have a cache of their own."""
         return [
             entry
             for entry, (_, pyramid) in zip(self._parts(), self.options.groups, strict=True)
-            if not _together(pyramid)
+            if not shares_tokens(pyramid)
         ]
 
-    def _kept(self, rewind: int) -> HeadsStream:
-        """Near field, sinks, and all groups that open cells of one level, on one copy of the tokens."""
-        return _heads_stream(self.options, self.block[0], self.spec.num_heads, self.spec.num_kv_heads, rewind)
+    def _kept(self, rewind: int) -> tuple[Home, ...]:
+        """Near field, sinks, expansions, and all groups that open cells of one level."""
+        if rewind not in self._homes:
+            self._homes[rewind] = homes_of(
+                self.options.groups, self.options.expansions, block=self.block[0], sinks=self.options.sinks or 0,
+                num_heads=self.spec.num_heads, num_kv_heads=self.spec.num_kv_heads, rewind=rewind,
+            )  # fmt: skip
+        return self._homes[rewind]
 
     def why_no_stream(self, spec: StreamSpec) -> str | None:
         """See :class:`farfield.streaming.StreamModule`."""
-        reasons = [self._stream(spec.rewind).why_not(), *(part.why_no_stream(spec) for _, part, _, _ in self._parts())]
+        if spec.rewind > self.block[0]:
+            return f"rewind={spec.rewind}: tokens of one block={self.block[0]} can be taken back"
+        reasons = [part.why_no_stream(spec) for _, part, _, _ in self._parts()]
         return next((reason for reason in reasons if reason is not None), None)
 
     def empty_cache(self, spec: StreamSpec) -> Cache:
-        """All tokens where cells of one level are opened or centres keep any, otherwise the last blocks and the sinks.
-
-        Beside them what every other pyramid keeps for its heads.
-        """
-        place = spec.dtype, spec.device
-        if self.together:
-            own = self._kept(spec.rewind).empty(spec.batch_size, spec.head_dim, *place)
-            cache = {f"tokens/{name}": x for name, x in own.items()}
-        else:
-            sizes = spec.batch_size, spec.num_heads, spec.num_kv_heads, spec.head_dim
-            cache = {f"near/{name}": x for name, x in self._stream(spec.rewind).empty(*sizes, *place).items()}
-        for prefix, expansion, stream in self._moments(spec.rewind):
-            own = stream.empty(spec.batch_size, expansion.tensor(), *place)
-            cache |= {prefix + name: x for name, x in own.items()}
+        """What the homes keep, and beside them every other pyramid for its heads."""
+        cache: Cache = {}
+        for home in self._kept(spec.rewind):
+            cache |= home.empty(spec.batch_size, spec.head_dim, spec.dtype, spec.device)
         for prefix, part, heads, kv_heads in self._apart():
             own = part.empty_cache(replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads)))
             cache |= {prefix + name: x for name, x in own.items()}
@@ -282,125 +232,57 @@ class _ByHead(StreamModule):
 
     def reserve(self, cache: Cache, length: int, rewind: int) -> None:
         """See :class:`farfield.streaming.StreamModule`."""
-        if self.together:
-            with _within(cache, "tokens/") as own:
-                self._kept(rewind).reserve(own, length)
+        for home in self._kept(rewind):
+            home.reserve(cache, length)
         for prefix, part, _, _ in self._apart():
-            with _within(cache, prefix) as own:
+            with within(cache, prefix) as own:
                 part.reserve(own, length, rewind)
 
     def resume(self, cache: Cache, length: int, rewind: int) -> None:
-        """Hides what was taken back; of kept tokens nothing beyond the length is read."""
-        if not self.together:
-            with _within(cache, "near/") as own:
-                self._stream(rewind).open_block(own, length, Weights())
+        """See :class:`farfield.streaming.StreamModule`."""
+        for home in self._kept(rewind):
+            home.resume(cache, length)
         for prefix, part, _, _ in self._apart():
-            with _within(cache, prefix) as own:
+            with within(cache, prefix) as own:
                 part.resume(own, length, rewind)
 
     def step(self, inputs: Inputs, cache: Cache, length: int, rewind: int, need_lse: bool) -> AttentionState | Tensor:
         """See :class:`farfield.streaming.StreamModule`."""
         tokens = inputs.rotated_q, inputs.rotated_k, inputs.v
-        whole = length == 0 and inputs.q.shape[2] > 1
+        whole, homes = length == 0 and inputs.q.shape[2] > 1, self._kept(rewind)
         if whole:
-            self._fill(tokens, cache, rewind, inputs.scale)
+            for home in homes:
+                home.fill(cache, tokens, inputs.scale)
             common = self._all_heads(inputs)
         else:
-            common = self._step(tokens, cache, length, rewind, inputs.scale)
+            common = _in_order(homes, [home.step(cache, tokens, length, inputs.scale) for home in homes])
         far, index = [], []
         for (prefix, part, heads, kv_heads), (_, pyramid) in zip(self._parts(), self.options.groups, strict=True):
-            if _together(pyramid):
+            if shares_tokens(pyramid):
                 if not whole:
                     continue
                 of_group = part(self._of_heads(inputs, heads, kv_heads))
             else:
-                with _within(cache, prefix) as own:
+                with within(cache, prefix) as own:
                     of_group = part.step(self._of_heads(inputs, heads, kv_heads), own, length, rewind, True)
             assert isinstance(of_group, AttentionState)
             far.append(of_group)
             index += heads
-        return self._joined(common, far, index)
-
-    def _fill(self, tokens: tuple[Tensor, Tensor, Tensor], cache: Cache, rewind: int, scale: float) -> None:
-        """A whole prefix [B, H, N, D] into an empty cache, but for groups that have their own."""
-        if self.together:
-            with _within(cache, "tokens/") as own:
-                self._kept(rewind).fill(own, *tokens)
-        else:
-            with _within(cache, "near/") as own:
-                self._stream(rewind).fill(own, *tokens[1:])
-        for prefix, expansion, stream in self._moments(rewind):
-            _, key, value = self._of_expansion(expansion, *tokens)
-            with _within(cache, prefix) as own:
-                stream.fill(own, key, value, expansion.on(key.device)[0], scale)
-
-    def _step(
-        self, tokens: tuple[Tensor, Tensor, Tensor], cache: Cache, length: int, rewind: int, scale: float
-    ) -> AttentionState:
-        """Near field, expansions and what is opened on common tokens, for [B, H, T, D] after ``length`` others."""
-        sums, block = self._moments(rewind), self.block[0]
-        stream = self._kept(rewind) if self.together else self._stream(rewind)
-        states, done = [], 0
-        with _within(cache, "tokens/" if self.together else "near/") as kept:
-            while done < tokens[0].shape[2]:
-                at = length + done
-                stop = min(tokens[0].shape[2], done + block - at % block) if sums else tokens[0].shape[2]
-                query, key, value = (x[:, :, done:stop] for x in tokens)
-                state = stream.step(kept, query, key, value, at, scale=scale)
-                assert isinstance(state, AttentionState)
-                done, number = stop, at // block
-                far = []
-                for prefix, expansion, of in sums:
-                    centres, bias = expansion.on(query.device)
-                    asked = _take(query, list(expansion.heads))
-                    every = (kept["keys"], kept["values"]) if of.open else (key, value)
-                    read = _index(tuple(self._key_head(h) for h in expansion.heads), query.device)
-                    with _within(cache, prefix) as own:
-                        far.append(of.attend(own, asked, *every, read, centres, bias, number, scale))
-                        if (length + done) % block == 0:
-                            # Of tokens that joined long ago those that centres keep may leave them now.
-                            first = 0 if of.open else max(0, number - 1) * block
-                            closed = stream.tokens(kept, first, number * block)
-                            of.close(own, number, *closed, read, centres, scale, first)
-                states.append(self._with_expansions(state, far))
-        joined = join_rows(states)
-        assert isinstance(joined, AttentionState)
-        return joined
-
-    def _key_head(self, head: int) -> int:
-        return head * self.spec.num_kv_heads // self.spec.num_heads
+        return joined(common, far, index)
 
     def extra_repr(self) -> str:
         """What was asked for."""
         return f"{self.options!r}"
 
 
-def _together(pyramid: Pyramid) -> bool:
-    """Whether decoding can keep one copy of the tokens for this group and others: see :class:`HeadsStream`."""
-    plain = pyramid.choose == "bounds" or (pyramid.summary == "mean" and pyramid.rope == "tokens")
-    return bool(pyramid.open) and pyramid.levels == 1 and pyramid.rest == "drop" and plain and pyramid.open_bias is None
-
-
-@lru_cache(maxsize=1024)
-def _heads_stream(options: ByHead, block: int, num_heads: int, kv_heads: int, rewind: int) -> HeadsStream:
-    heads: list[Opens | None] = [None] * num_heads
-    for of_group, p in options.groups:
-        if _together(p):
-            (rank,) = per_axis(p.rank, 1, "Pyramid.rank")
-            (page,) = per_axis(block // rank if p.page is None else p.page, 1, "Pyramid.page")
-            beam, beam_share = p.way
-            opens = Opens(block // rank, page, beam, p.open, p.share, beam_share, p.recent, p.choose, p.count_bias)
-            for head in of_group:
-                heads[head] = opens
-    return HeadsStream(block, options.sinks or 0, tuple(heads), kv_heads, rewind)
-
-
-@contextmanager
-def _within(cache: Cache, prefix: str) -> Iterator[Cache]:
-    """The part of a cache under a prefix; tensors that are put into it replace those of the whole."""
-    own = {name.removeprefix(prefix): x for name, x in cache.items() if name.startswith(prefix)}
-    yield own
-    cache.update({prefix + name: x for name, x in own.items()})
+def _in_order(homes: tuple[Home, ...], states: list[AttentionState]) -> AttentionState:
+    """The states of all homes, their heads in the layer's order."""
+    if len(states) == 1:
+        return states[0]
+    heads = [head for home in homes for head in home.heads]
+    index = index_of(tuple(heads.index(head) for head in range(len(heads))), states[0].out.device)
+    out, lse = (torch.cat(x, 1).index_select(1, index) for x in zip(*states, strict=True))
+    return AttentionState(out, lse)
 
 
 def _check_expansion(expansion: Expansion, spec: LayerSpec) -> None:
@@ -425,22 +307,3 @@ def _key_heads(heads: list[int], group: int) -> list[int]:
     once = list(dict.fromkeys(read))
     times = len(read) // len(once)
     return once if read == [head for head in once for _ in range(times)] else read
-
-
-def _take(x: Tensor, heads: list[int]) -> Tensor:
-    """[B, H, N, D] -> the heads of these numbers."""
-    if heads == list(range(x.shape[1])):
-        return x
-    return x.index_select(1, _index(tuple(heads), x.device))
-
-
-def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """The numbers on a device; kept, except while tracing, since a step of decoding has little else to do."""
-    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
-    return (_kept_index.__wrapped__ if traced else _kept_index)(heads, device)
-
-
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _kept_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(heads, device=device)

@@ -82,6 +82,13 @@ class Expansion:
         raw = centres.detach().cpu().to(torch.float16).contiguous().numpy().astype("<f2").tobytes()
         return Expansion(tuple(heads), tuple(bias), centres.shape[1], base64.b64encode(raw).decode(), open)
 
+    def only(self, heads: tuple[int, ...]) -> Expansion:
+        """That of some of its heads, rising."""
+        if heads == self.heads:
+            return self
+        places = [self.heads.index(head) for head in heads]
+        return Expansion.of(heads, tuple(self.bias[i] for i in places), self.tensor()[places], self.open)
+
     def tensor(self) -> Tensor:
         """The centres, float32 `[heads, number, D]`."""
         raw = np.frombuffer(base64.b64decode(self.centres), dtype="<f2").astype(np.float32)

@@ -187,7 +187,7 @@ def _admitted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What of tokens kept [.., open] and of those that come, seen [.., M], stays, what leaves [.., M], scores kept.
 
-    Those that come have the keys [B, Hkv, M, D] and the numbers from ``start`` on.
+    Those that come have the keys [B, Hkv, M, D] and lie in the rows from ``start`` on.
     """
     open, size = tokens.shape[-1], key.shape[2]
     fresh = _scores(key, centres, scale).masked_fill(~seen, -torch.inf)
@@ -446,9 +446,9 @@ class ExpansionStream:
 
     A cache holds ``lse`` [B, H, R, C], ``key`` [B, H, R, C, D] and ``rows`` [B, H, R, C, D + 1, D]: place b % R has
     those of all tokens before block b, sinks left out, which is what the queries of block b + 1 see. Where centres keep
-    tokens out of them it also holds their numbers ``kept`` and ``scores``, [B, H, R, C, open]; what they are is read
-    from all keys and values, which somebody else has. R counts the blocks that can be asked for after tokens were
-    taken back.
+    tokens out of them it also holds where they lie, ``kept``, and ``scores``, [B, H, R, C, open]: rows of keys and
+    values that somebody else has, all of them or those that are kept (:mod:`farfield.ops.kept`). R counts the blocks
+    that can be asked for after tokens were taken back.
     """
 
     block: int
@@ -477,11 +477,11 @@ class ExpansionStream:
                 cache |= {"kept": kept, "scores": scores}
         return cache
 
-    def fill(self, cache: Cache, key: Tensor, value: Tensor, centres: Tensor, scale: float) -> None:
-        """A whole prefix [B, Hkv, N, D] into an empty cache."""
+    def fill(self, cache: Cache, key: Tensor, value: Tensor, read: Tensor, centres: Tensor, scale: float) -> None:
+        """A whole prefix [B, Hkv, N, D] into an empty cache; ``read`` [H] says which key head is whose."""
         if not key.shape[2]:
             return
-        self._advance(cache, 0, max(0, key.shape[2] // self.block - 1), key, value, None, centres, scale, 0)
+        self._advance(cache, 0, max(0, key.shape[2] // self.block - 1), key, value, read, centres, scale, 0)
 
     def close(
         self, cache: Cache, number: int, key: Tensor, value: Tensor, read: Tensor, centres: Tensor, scale: float,
@@ -489,21 +489,31 @@ class ExpansionStream:
     ) -> None:  # fmt: skip
         """Adds the block before block ``number``, once that has its last token: the next one sees it as far.
 
-        Keys and values [B, Hkv, N, D] are those from token ``first`` on: of all tokens, or, where centres keep none, of
-        the block that is added at least. ``read`` [H] says which key head is whose.
+        Keys and values [B, Hkv, N, D] have token i of that block in row i - ``first``. Where centres keep tokens, their
+        rows come in front of it, in the order of the tokens: all from token 0 on (``first`` 0), or kept ones alone
+        (``first`` may then be negative). ``read`` [H] says which key head is whose.
         """
-        if number:
-            self._advance(cache, number - 1, number, key, value, read, centres, scale, first)
+        if not number:
+            return
+        if self.open:
+            last = int(cache["kept"][:, :, (number - 1) % self.places].amax())
+            front = (number - 1) * self.block - first
+            if last >= front:
+                raise ValueError(
+                    f"tokens are kept in rows up to {last}: rows in front of block {number - 1} of {self.block} tokens "
+                    f"are 0 to {front - 1}"
+                )
+        self._advance(cache, number - 1, number, key, value, read, centres, scale, first)
 
     def _advance(
-        self, cache: Cache, first: int, last: int, key: Tensor, value: Tensor, read: Tensor | None, centres: Tensor,
+        self, cache: Cache, first: int, last: int, key: Tensor, value: Tensor, read: Tensor, centres: Tensor,
         scale: float, before: int,
     ) -> None:  # fmt: skip
-        """Adds blocks ``first`` to ``last``, the last left out, of keys that ``before`` tokens are in front of."""
-        if before > first * self.block or last * self.block - before > key.shape[2] or (before and self.open):
+        """Adds blocks ``first`` to ``last``, the last left out, of which token i lies in row i - ``before``."""
+        if before > first * self.block or last * self.block - before > key.shape[2]:
             raise ValueError(
-                f"blocks {first} to {last} of {self.block} tokens, of keys {tuple(key.shape)} that {before} tokens are "
-                "in front of: all tokens of these blocks are needed, and where centres keep some, those before as well"
+                f"blocks {first} to {last} of {self.block} tokens, of keys {tuple(key.shape)} in which token 0 has row "
+                f"{-before}: all tokens of these blocks are needed"
             )
         centres = centres.to(cache["lse"].dtype)
         if _fits(key, centres):
@@ -513,22 +523,21 @@ class ExpansionStream:
                 block=self.block, sinks=self.sinks, before=before, first=first, last=last,
             )  # fmt: skip
             return
-        if read is not None:
-            key, value = key.index_select(1, read), value.index_select(1, read)
+        key, value = key.index_select(1, read), value.index_select(1, read)
         carry, done = self._at(cache, first), first
         while done < last:
             # Those whose sums nobody will ask for may come together.
             number = 1 if self.open else max(1, min(RUN, last + 1 - self.places - done))
-            joins = self._sift(cache, done, key, centres, scale) if self.open else None
+            joins = self._sift(cache, done, key, centres, scale, before) if self.open else None
             carry = self._with(carry, key, value, centres, scale, done, number, joins, before)
             done += number
             self._put(cache, done, carry)
 
-    def _sift(self, cache: Cache, number: int, key: Tensor, centres: Tensor, scale: float) -> Tensor:
+    def _sift(self, cache: Cache, number: int, key: Tensor, centres: Tensor, scale: float, before: int) -> Tensor:
         """Writes what is kept after block ``number``; what joins the sums with it, [B, H, 1, C, M]."""
-        start, at, to = number * self.block, number % self.places, (number + 1) % self.places
+        start, at, to = number * self.block - before, number % self.places, (number + 1) % self.places
         with exactly(key.device):
-            seen = torch.arange(start, start + self.block, device=key.device) >= self.sinks
+            seen = torch.arange(start, start + self.block, device=key.device) + before >= self.sinks
             kept, joins, scores = _admitted(
                 cache["kept"][:, :, at], cache["scores"][:, :, at], key[:, :, start : start + self.block], start, seen,
                 centres, scale,
@@ -578,8 +587,8 @@ class ExpansionStream:
     ) -> AttentionState:
         """Of queries [B, H, T, D] that all lie in block ``number``.
 
-        Where centres keep tokens, ``key`` and ``value`` [B, Hkv, N, D] have all of them, and ``read`` [H] says which
-        key head is whose.
+        Where centres keep tokens, ``key`` and ``value`` [B, Hkv, N, D] have these, and ``read`` [H] says which key head
+        is whose.
         """
         wide = cache["lse"].dtype
         with exactly(query.device):

@@ -183,7 +183,7 @@ def advance(
     scores: Tensor | None,
     key: Tensor,
     value: Tensor,
-    read: Tensor | None,
+    read: Tensor,
     centres: Tensor,
     scale: float,
     *,
@@ -196,9 +196,9 @@ def advance(
     """Adds blocks ``first`` to ``last``, the last left out, to what a cache has before block ``first``, in place.
 
     Float32 on the CPU: ``moments`` [B, H, R, C], [.., D] and [.., D + 1, D]; ``kept`` and ``scores`` [B, H, R, C, open]
-    or None. ``key`` and ``value`` [B, Hkv, N, D] are those from token ``before`` on, and of all tokens where some are
-    kept; ``read`` [H] says which key head is whose, None that neighbours share one. Place b % R has what is before
-    block b, for the last R of them.
+    or None. ``key`` and ``value`` [B, Hkv, N, D] have token i of these blocks in row i - ``before``, and in front of it
+    those that are kept; ``read`` [H] says which key head is whose. Place b % R has what is before block b, for the last
+    R of them.
     """
     key, value = _rows(key), _rows(value)
     if key.stride() != value.stride():

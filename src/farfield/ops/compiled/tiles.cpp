@@ -2062,12 +2062,12 @@ extern "C" int farfield_expand_backward(const Expansion* expansion) {
 
 // Blocks of tokens added to what a cache has of those before: sums, and tokens kept out of them.
 struct Advance {
-  const float *key, *value;            // [batch, shared, room, D], the first of them token ``before``
-  const int64_t* read;                 // [heads] the key head of each; null: neighbours share one
+  const float *key, *value;            // [batch, shared, room, D], token i of the blocks in row i - ``before``
+  const int64_t* read;                 // [heads] the key head of each
   const float* centres;                // [heads, number, D]
   float *of_lse, *of_key, *of_rows;    // [batch, heads, places, number], [.., D], [.., D + 1, D]: place n % places has
                                        // what is before block n
-  int64_t* kept;                       // [batch, heads, places, number, open] rising; negative: none
+  int64_t* kept;                       // [batch, heads, places, number, open] rows, rising; negative: none
   float* scores;                       // of these
   int64_t batch, heads, shared, room, before, dim, number, block, open, sinks, first, last, places, threads;
   float scale;

@@ -1,0 +1,275 @@
+"""What decoding keeps of a ByHead layer: all tokens for key heads whose cells are opened, few of the others.
+
+Which key heads a query head reads is fixed, so every key head has one *home*: where any head that reads it opens cells,
+that of all tokens; otherwise that of the last blocks and the sinks, and of the tokens that centres of expansions keep.
+The second does not grow with the context beyond what lists hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from farfield.far.expansion import Expansion
+from farfield.far.pyramid import Pyramid
+from farfield.geometry import per_axis
+from farfield.ops.cache import Cache, join_rows
+from farfield.ops.expansion import ExpansionStream
+from farfield.ops.kept import compact
+from farfield.ops.multipole.stream import MultipoleStream, Weights
+from farfield.ops.opened.heads import HeadsStream, Opens
+from farfield.ops.state import AttentionState, merge_states
+
+__all__ = ["Home", "homes_of", "index_of", "joined", "shares_tokens", "take", "within"]
+
+Tokens = tuple[Tensor, Tensor, Tensor]
+"""Queries [B, Hq, T, D], keys and values [B, Hkv, T, D] of a layer, rotated."""
+
+
+def shares_tokens(pyramid: Pyramid) -> bool:
+    """Whether decoding can keep one copy of the tokens for this group and others: see :class:`HeadsStream`."""
+    plain = pyramid.choose == "bounds" or (pyramid.summary == "mean" and pyramid.rope == "tokens")
+    return bool(pyramid.open) and pyramid.levels == 1 and pyramid.rest == "drop" and plain and pyramid.open_bias is None
+
+
+@dataclass(frozen=True)
+class Home:
+    """Key heads whose tokens are kept in one way, and the query heads that read them.
+
+    A cache holds what the stream has (``tokens/`` or ``near/``), for every expansion what its stream has, and where a
+    centre keeps tokens and not all are there ``kept/keys`` and ``kept/values`` [B, key heads, M, D].
+
+    Attributes:
+        heads, key_heads: numbers in the layer, rising.
+        stream: near field, sinks, and where all tokens are kept the cells that are opened.
+        expansions: name in a cache, options (heads numbered as in the layer) and stream of each.
+    """
+
+    heads: tuple[int, ...]
+    key_heads: tuple[int, ...]
+    stream: HeadsStream | MultipoleStream
+    expansions: tuple[tuple[str, Expansion, ExpansionStream], ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens are kept."""
+        return isinstance(self.stream, HeadsStream)
+
+    @property
+    def prefix(self) -> str:
+        """Of the stream's names in a cache."""
+        return "tokens/" if self.whole else "near/"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a centre keeps tokens."""
+        return any(x.open for _, x, _ in self.expansions)
+
+    def _places(self, expansion: Expansion) -> list[int]:
+        """The heads of an expansion among those here."""
+        return [self.heads.index(head) for head in expansion.heads]
+
+    def _read(self, expansion: Expansion, device: torch.device) -> Tensor:
+        """[H] which of the key heads here is whose."""
+        each = len(self.heads) // len(self.key_heads)
+        return index_of(tuple(place // each for place in self._places(expansion)), device)
+
+    def empty(self, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Cache:
+        """The cache of rows without tokens."""
+        if isinstance(self.stream, HeadsStream):
+            own = self.stream.empty(batch, dim, dtype, device)
+        else:
+            own = self.stream.empty(batch, len(self.heads), len(self.key_heads), dim, dtype, device)
+        cache = {self.prefix + name: x for name, x in own.items()}
+        for prefix, expansion, stream in self.expansions:
+            cache |= {prefix + name: x for name, x in stream.empty(batch, expansion.tensor(), dtype, device).items()}
+        if self.keeps and not self.whole:
+            with torch.inference_mode(False):
+                nothing = torch.zeros(batch, len(self.key_heads), 1, dim, dtype=dtype, device=device)
+                cache |= {"kept/keys": nothing, "kept/values": nothing.clone()}
+        return cache
+
+    def reserve(self, cache: Cache, length: int) -> None:
+        """Room for ``length`` tokens, where all are kept."""
+        with within(cache, self.prefix) as own:
+            self.stream.reserve(own, length)
+
+    def resume(self, cache: Cache, length: int) -> None:
+        """Hides what was taken back; of kept tokens nothing beyond the length is read."""
+        if isinstance(self.stream, MultipoleStream):
+            with within(cache, self.prefix) as own:
+                self.stream.open_block(own, length, Weights())
+
+    def _own(self, tokens: Tokens) -> Tokens:
+        query, key, value = tokens
+        return take(query, self.heads), take(key, self.key_heads), take(value, self.key_heads)
+
+    def fill(self, cache: Cache, tokens: Tokens, scale: float) -> None:
+        """A whole prefix into an empty cache."""
+        query, key, value = self._own(tokens)
+        with within(cache, self.prefix) as own:
+            if isinstance(self.stream, HeadsStream):
+                self.stream.fill(own, query, key, value)
+            else:
+                self.stream.fill(own, key, value)
+        for prefix, expansion, stream in self.expansions:
+            centres, _ = expansion.on(key.device)
+            with within(cache, prefix) as own:
+                stream.fill(own, key, value, self._read(expansion, key.device), centres, scale)
+        self._compact(cache, key, value)
+
+    def step(self, cache: Cache, tokens: Tokens, length: int, scale: float) -> AttentionState:
+        """Near field, expansions and opened cells of the heads here, for [B, H, T, D] after ``length`` others."""
+        tokens, block, done = self._own(tokens), self.stream.block, 0
+        count, states = tokens[0].shape[2], []
+        heads = [place for _, x, _ in self.expansions for place in self._places(x)]
+        with within(cache, self.prefix) as own:
+            while done < count:
+                at = length + done
+                stop = min(count, done + block - at % block) if self.expansions else count
+                query, key, value = (x[:, :, done:stop] for x in tokens)
+                near = self.stream.step(own, query, key, value, at, scale=scale)
+                assert isinstance(near, AttentionState)
+                done, number = stop, at // block
+                states.append(joined(near, self._expanded(cache, own, query, number, scale), heads))
+                if self.expansions and number and (length + done) % block == 0:
+                    self._close(cache, own, number, scale)
+        rows = join_rows(states)
+        assert isinstance(rows, AttentionState)
+        return rows
+
+    def _expanded(self, cache: Cache, own: Cache, query: Tensor, number: int, scale: float) -> list[AttentionState]:
+        """Of every expansion, for queries in block ``number``; ``own`` is the stream's part of the cache."""
+        where, name = (cache, "kept/") if self.keeps and not self.whole else (own, "")
+        states = []
+        for prefix, expansion, stream in self.expansions:
+            centres, bias = expansion.on(query.device)
+            asked, read = take(query, tuple(self._places(expansion))), self._read(expansion, query.device)
+            with within(cache, prefix) as part:
+                states.append(
+                    stream.attend(
+                        part, asked, where[name + "keys"], where[name + "values"], read, centres, bias, number, scale
+                    )
+                )
+        return states
+
+    def _close(self, cache: Cache, own: Cache, number: int, scale: float) -> None:
+        """Adds the block before block ``number`` to the sums, and to what is kept, now that this one is complete."""
+        start, stop = (number - 1) * self.stream.block, number * self.stream.block
+        # Of tokens that joined long ago those that centres keep may leave them now.
+        first = 0 if self.keeps and self.whole else start
+        key, value = self.stream.tokens(own, first, stop)
+        if self.keeps and not self.whole:
+            kept = cache["kept/keys"], cache["kept/values"]
+            first -= kept[0].shape[2]
+            key, value = (torch.cat([x, new.to(x.dtype)], 2) for x, new in zip(kept, (key, value), strict=True))
+        for prefix, expansion, stream in self.expansions:
+            centres, read = expansion.on(key.device)[0], self._read(expansion, key.device)
+            with within(cache, prefix) as part:
+                stream.close(part, number, key, value, read, centres, scale, first)
+        self._compact(cache, key, value)
+
+    def _compact(self, cache: Cache, key: Tensor, value: Tensor) -> None:
+        """Keeps those of some tokens that are on a list, where not all are kept."""
+        if not self.keeps or self.whole:
+            return
+        lists = [
+            (cache[prefix + "kept"], self._read(expansion, key.device))
+            for prefix, expansion, _ in self.expansions
+            if expansion.open
+        ]
+        kept = compact(key, value, lists)
+        for name, x in zip(("kept/keys", "kept/values"), kept, strict=True):
+            cache[name] = x.to(cache[name].dtype)
+
+
+def homes_of(
+    groups: tuple[tuple[tuple[int, ...], Pyramid], ...],
+    expansions: tuple[Expansion, ...],
+    *,
+    block: int,
+    sinks: int,
+    num_heads: int,
+    num_kv_heads: int,
+    rewind: int,
+) -> tuple[Home, ...]:
+    """The homes of a layer's key heads; of the groups those count that share tokens."""
+    each = num_heads // num_kv_heads
+    heads: list[Opens | None] = [None] * num_heads
+    for of_group, p in groups:
+        if shares_tokens(p):
+            (rank,) = per_axis(p.rank, 1, "Pyramid.rank")
+            (page,) = per_axis(block // rank if p.page is None else p.page, 1, "Pyramid.page")
+            beam, beam_share = p.way
+            opens = Opens(block // rank, page, beam, p.open, p.share, beam_share, p.recent, p.choose, p.count_bias)
+            for head in of_group:
+                heads[head] = opens
+    opening = sorted({head // each for head, opens in enumerate(heads) if opens is not None})
+    others = [key_head for key_head in range(num_kv_heads) if key_head not in opening]
+    homes: list[Home] = []
+    number = 0
+    for key_heads in (opening, others):
+        if not key_heads:
+            continue
+        own = tuple(head for key_head in key_heads for head in range(key_head * each, (key_head + 1) * each))
+        stream: HeadsStream | MultipoleStream
+        if key_heads is opening:
+            stream = HeadsStream(block, sinks, tuple(heads[head] for head in own), len(key_heads), rewind)
+        else:
+            stream = MultipoleStream(block, 1, None, False, sinks, "near", rewind)
+        sums = []
+        for x in expansions:
+            here = tuple(head for head in x.heads if head in own)
+            if here:
+                sums.append((f"expansion{number}/", x.only(here), ExpansionStream(block, sinks, rewind, x.open)))
+                number += 1
+        homes.append(Home(own, tuple(key_heads), stream, tuple(sums)))
+    return tuple(homes)
+
+
+def joined(near: AttentionState, far: list[AttentionState], heads: list[int]) -> AttentionState:
+    """The far fields of some heads, one after the other of ``heads``, merged into the near field of these heads."""
+    if not far:
+        return near
+    every = far[0]
+    if len(far) > 1:
+        every = AttentionState(torch.cat([x.out for x in far], 1), torch.cat([x.lse for x in far], 1))
+    if heads == list(range(near.out.shape[1])):  # every head in its place: nothing to pick and put back
+        return merge_states(near, every)
+    index = index_of(tuple(heads), near.out.device)
+    joint = merge_states(AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)), every)
+    return AttentionState(
+        near.out.index_copy(1, index, joint.out.to(near.out.dtype)), near.lse.index_copy(1, index, joint.lse)
+    )
+
+
+def take(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """[B, H, N, D] -> the heads of these numbers."""
+    if heads == tuple(range(x.shape[1])):
+        return x
+    return x.index_select(1, index_of(heads, x.device))
+
+
+def index_of(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers on a device; kept, except while tracing, since a step of decoding has little else to do."""
+    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
+    return (_kept_index.__wrapped__ if traced else _kept_index)(heads, device)
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _kept_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(heads, device=device)
+
+
+@contextmanager
+def within(cache: Cache, prefix: str) -> Iterator[Cache]:
+    """The part of a cache under a prefix; tensors that are put into it replace those of the whole."""
+    own = {name.removeprefix(prefix): x for name, x in cache.items() if name.startswith(prefix)}
+    yield own
+    cache.update({prefix + name: x for name, x in own.items()})
