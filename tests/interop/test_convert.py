@@ -17,7 +17,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
 from farfield.far import ByHead, Expansion, Pyramid  # noqa: E402 (needs what was checked above)
-from farfield.interop.transformers import register  # noqa: E402
+from farfield.interop.transformers import StreamCache, register  # noqa: E402
 from farfield.interop.transformers.budget import allocate  # noqa: E402
 from farfield.interop.transformers.calibrate import (  # noqa: E402
     centres_of,
@@ -49,6 +49,7 @@ from farfield.interop.transformers.menu import (  # noqa: E402
     menu_for,
     setting,
 )
+from farfield.interop.transformers.streams import ARGUMENT  # noqa: E402
 from farfield.interop.transformers.texts import repeating  # noqa: E402
 from farfield.near import Blocks, Dense  # noqa: E402
 from farfield.ops.expansion import expansion_state  # noqa: E402
@@ -99,6 +100,31 @@ def test_the_allocation_is_the_best_for_what_it_spends() -> None:
         assert error <= bound
         assert used <= spent[lost <= error + 1e-6].min() + 1e-6
     assert (allocate(errors, keys, budget=9.0) == 3).all()
+
+
+def test_few_groups_of_heads_have_what_is_set_apart() -> None:
+    """Never more than asked; those that gain most; the best that there is for what it spends at its price."""
+    keys = torch.tensor([1.0, 2.0, 4.0, 5.0])
+    errors = torch.rand(4, 2, 4) * torch.tensor([8.0, 6.0, 1.0, 0.0])[:, None, None]
+    errors[:2, 0, :2] = 20.0  # one group needs what is set apart
+    apart = torch.tensor([False, False, True, True])
+    lost = []
+    for most in range(5):
+        choice = allocate(errors, keys, budget=5.0, apart=apart, shared=2, most=most)
+        groups = apart[choice].unflatten(1, (-1, 2)).any(-1)
+        assert groups.sum() <= most and (groups[0, 0] or not most)
+        lost.append(float(errors.gather(0, choice[None]).sum()))
+    assert lost == sorted(lost, reverse=True) and lost[4] < lost[0]
+    assert torch.equal(choice, allocate(errors, keys, budget=5.0))
+    for budget in (1.5, 2.0, 3.0):
+        choice = allocate(errors, keys, budget=budget, apart=apart, shared=2, most=1)
+        assert keys[choice].mean() <= budget and apart[choice].unflatten(1, (-1, 2)).any(-1).sum() <= 1
+    limited = allocate(errors, keys, bound=45.0, apart=apart, shared=2, most=1)
+    assert errors.gather(0, limited[None]).sum() <= 45.0
+    with pytest.raises(ValueError, match="least that these settings reach is"):
+        allocate(errors, keys, bound=1.0, apart=apart, shared=2, most=1)
+    with pytest.raises(ValueError, match="most=1: every setting is apart"):
+        allocate(errors, keys, budget=5.0, apart=torch.ones(4, dtype=torch.bool), shared=2, most=1)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +197,7 @@ def test_an_expansion_is_counted() -> None:
 
 
 def test_what_centres_keep_is_counted() -> None:
-    """Every query its centre's tokens, or all that are far; for a decode all tokens are there, and lists of numbers."""
+    """Every query its centre's tokens, or all that are far; a decode has them, near ones, and lists of numbers."""
     keeping = Expansion.of((1,), (0.5,), torch.zeros(1, 3, 8), 16)
     alone, some = (Parts(Blocks(8), ByHead(sinks=3, expansions=x)) for x in ((), (keeping,)))
     far = [min(16, max(0, (i // 8 - 1) * 8 - 3)) for i in range(90)]
@@ -179,13 +205,17 @@ def test_what_centres_keep_is_counted() -> None:
     assert more.tolist() == pytest.approx([0.0, 7 + sum(far) / 90])
     setting = keys_of_setting(Keeps(3, 16), 90, 8, 3)
     assert keys_by_head(some, 2, 90)[1] == pytest.approx(setting)
-    assert kept_vectors(some, 2, 1, 900) == 2 * 900 + 3 * (8 + 2 + 6)
+    assert kept_vectors(some, 2, 1, 900) == 2 * (3 + 16 + 3 * 16) + 3 * (8 + 2 + 6)
+    assert kept_vectors(some, 2, 1, 40) == 2 * (3 + 16 + 29) + 3 * (8 + 2 + 6)  # all that are far
+    opened = Parts(Blocks(8), ByHead((((0,), SMALL[1]),), expansions=(keeping,)))
+    assert kept_vectors(opened, 2, 1, 900) == 2 * 900 + 2 * 225 + 3 * (8 + 2 + 6)
 
 
 def test_state_is_kept_where_cells_are_opened() -> None:
     parts = Parts(Blocks(8), ByHead((((0, 1), SMALL[1]),), sinks=3))
-    # All tokens; key head 0 is read by heads 0 and 1: bounds of cells of 4 (pages of 1 are the keys themselves).
-    assert kept_vectors(parts, 4, 2, 800) == 2 * 2 * 800 + 2 * 200
+    # Key head 0 is read by heads 0 and 1: all tokens, bounds of cells of 4 (pages of 1 are the keys themselves); of the
+    # other key head sinks and two blocks.
+    assert kept_vectors(parts, 4, 2, 800) == 2 * 800 + 2 * 200 + 2 * (3 + 16)
     assert kept_vectors(Parts(Dense()), 4, 2, 800) == 2 * 2 * 800
 
 
@@ -447,6 +477,31 @@ def test_what_is_offered_is_what_was_asked_for() -> None:
                     block=8, sinks=3, scale=1.0)  # fmt: skip
     with pytest.raises(ValueError, match=r"Keeps\(number=0\): an integer >= 1"):
         Keeps(0, 3)
+
+
+def test_few_key_heads_keep_all_tokens() -> None:
+    """As many as asked for; a cache of those that keep less does not grow with the context."""
+    kept = small(keys=0.9)[1].calibration
+    kept.errors[:, 1, 0] = 0.0  # a setting that opens cells has no error: every head would like it
+    free, *limited = (small(calibration=kept, keys=0.9, retrieval=share) for share in (None, 0.5, 0.25, 0.0))
+    found = [made.report["retrieval"] for _, made in limited]
+    assert free[1].report["retrieval"] == 1.0 and found == [0.5, 0.25, 0.0]
+    lost = [made.report["estimated_divergence"] for _, made in (free, *limited)]
+    assert lost == sorted(lost) and lost[-1] > lost[0]
+    model, made = limited[-1]
+    assert made.options["layers"] == [[], []] and made.report["asked"]["retrieval"] == 0.0
+    sizes = []
+    for length in (100, 300, 900):
+        cache = StreamCache(model)
+        with torch.no_grad():
+            model(tokens(1, length), **{ARGUMENT: cache})
+        sizes.append(cache.nbytes)
+    assert sizes[0] <= sizes[1] <= sizes[2] <= sizes[0] * 1.5
+    _, made = small(calibration=kept, keys=0.9, retrieval=0.5, dense_layers=(1,))
+    assert made.options["layers"] == [[], "dense"] and made.report["retrieval"] == 0.5
+    for share, message in ((1.5, "a share of key heads"), (0.4, r"at least 0\.500 would be accepted")):
+        with pytest.raises(ValueError, match=message):
+            small(calibration=kept, keys=0.9, retrieval=share, dense_layers=(1,))
 
 
 def test_an_expansion_helps_and_can_be_left_out() -> None:

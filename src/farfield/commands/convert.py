@@ -58,6 +58,15 @@ def convert_command(
             "fewest, one beside every other setting.",
         ),
     ] = "",
+    retrieval: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Most key heads that may keep all tokens when decoding, as a share; of others the last blocks are "
+            "kept, and what centres keep.",
+        ),
+    ] = None,
     recall_weight: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="How much ends that repeat count, beside plain text.")
     ] = 0.5,
@@ -99,7 +108,8 @@ def convert_command(
     with Stages(console) as told:
         conversion = convert(
             pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact, max_share=share,
-            recall_weight=recall_weight, centres=numbers, recall=recall, queries=queries, seed=seed,
+            retrieval=retrieval, centres=numbers, recall_weight=recall_weight, recall=recall, queries=queries,
+            seed=seed,
             progress=lambda stage, done, total: told(stage, done / total, f"{done} of {total}"),
         )  # fmt: skip
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])
@@ -110,7 +120,8 @@ def convert_command(
     alone = sum(number in nothing for layer in report["layers"] for number in layer["settings"])
     console.print(
         f"{report['keys']:.1%} of {length:,} tokens' keys are read, estimated divergence "
-        f"{report['estimated_divergence']:.4f} nats per token; {alone} of {sum(heads)} heads see no far field "
+        f"{report['estimated_divergence']:.4f} nats per token; {alone} of {sum(heads)} heads see no far field, "
+        f"{report['retrieval']:.0%} of key heads keep all tokens "
         f"({in_words(time.perf_counter() - start)})",
         soft_wrap=True,
     )

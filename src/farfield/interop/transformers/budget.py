@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 __all__ = ["allocate"]
@@ -13,7 +14,16 @@ _CHEAPEST, _DEAREST = -60.0, 40.0
 """Logarithms of prices between which every choice lies."""
 
 
-def allocate(errors: Tensor, keys: Tensor, *, budget: float | None = None, bound: float | None = None) -> Tensor:
+def allocate(
+    errors: Tensor,
+    keys: Tensor,
+    *,
+    budget: float | None = None,
+    bound: float | None = None,
+    apart: Tensor | None = None,
+    shared: int = 1,
+    most: int | None = None,
+) -> Tensor:
     """One setting for every head, least in error under a budget, or least in keys under a bound on the error.
 
     Every head takes the setting with the least ``error + price * keys``. The price is the lowest that keeps the budget
@@ -25,6 +35,10 @@ def allocate(errors: Tensor, keys: Tensor, *, budget: float | None = None, bound
         keys: [S] what each setting reads.
         budget: mean keys over all heads.
         bound: the sum of errors over all heads. Exactly one of the two.
+        apart: [S] bool, settings that few groups of heads may have: those that decoding keeps all tokens for.
+        shared: consecutive heads of a layer that form a group: those that read one key head.
+        most: how many groups, of all layers, may have settings that are ``apart``: at every price those that gain most
+            by it. None for no limit.
 
     Returns:
         [L, H] numbers of settings. Of equals, the first.
@@ -35,9 +49,19 @@ def allocate(errors: Tensor, keys: Tensor, *, budget: float | None = None, bound
     if (budget is None) == (bound is None):
         raise ValueError(f"budget={budget}, bound={bound}: exactly one of them would be accepted")
     errors, keys = errors.double(), keys.double()
+    if apart is not None and most is not None and bool(apart.all()):
+        raise ValueError(f"most={most}: every setting is apart; one that is not would be needed")
 
     def choose(price: float) -> Tensor:
-        return (errors + math.exp(price) * keys[:, None, None]).argmin(0)
+        cost = errors + math.exp(price) * keys[:, None, None]
+        if apart is None or most is None:
+            return cost.argmin(0)
+        plain = cost.masked_fill(apart[:, None, None].to(cost.device), torch.inf)
+        gain = (plain.amin(0) - cost.amin(0)).unflatten(-1, (-1, shared)).sum(-1)
+        chosen = torch.zeros(gain.numel(), dtype=torch.bool, device=cost.device)
+        chosen[gain.flatten().argsort(descending=True, stable=True)[:most]] = True
+        heads = chosen.view_as(gain).repeat_interleave(shared, -1)
+        return torch.where(heads, cost.argmin(0), plain.argmin(0))
 
     def fits(choice: Tensor) -> bool:
         if budget is not None:
@@ -48,8 +72,9 @@ def allocate(errors: Tensor, keys: Tensor, *, budget: float | None = None, bound
     good, bad = (_DEAREST, _CHEAPEST) if budget is not None else (_CHEAPEST, _DEAREST)
     if not fits(choose(good)):
         if budget is not None:
-            raise ValueError(f"a budget of {budget:.1f} keys per query: the least that can be had is {keys.min():.1f}")
-        least = errors.amin(0).sum()
+            least = keys[choose(good)].mean()
+            raise ValueError(f"a budget of {budget:.1f} keys per query: the least that can be had is {least:.1f}")
+        least = errors.gather(0, choose(good)[None]).sum()
         raise ValueError(f"an error of at most {bound:g}: the least that these settings reach is {least:.3g}")
     if fits(choose(bad)):
         return choose(bad)

@@ -51,6 +51,7 @@ def convert(
     error: float | None = None,
     dense_layers: Sequence[int] = (),
     max_share: int | None = None,
+    retrieval: float | None = None,
     menu: Sequence[Setting] | None = None,
     block: int = BLOCK,
     sinks: int = SINKS,
@@ -75,6 +76,9 @@ def convert(
         dense_layers: layers that stay exact; they count as a whole context each.
         max_share: leave out settings whose choice more queries share; with 1 those that hang on earlier queries at all,
             so that the model can be decoded with a cache.
+        retrieval: most key heads that may keep all their tokens when decoding, as a share of all of them, those of
+            layers that stay exact among them: cells are opened by the heads that read these alone. Others keep the last
+            blocks and what centres keep (``centres``), which does not grow with the context. None for no limit.
         centres: offer expansions about so many centres of each head's queries (:class:`farfield.far.Expansion`): those
             that keep tokens as settings of their own, and, about the fewest, one of everything far beside every other
             setting. Empty for no expansions. With a calibration, some of its numbers; beside other settings it knows
@@ -135,8 +139,13 @@ def convert(
     budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()))
     free = [layer for layer in range(number) if layer not in dense]
     choice = torch.full(errors.shape[1:], -1, dtype=torch.long)
+    each, most = _retrieval(model, retrieval, number, len(dense))
     if free:
-        choice[free] = allocate(errors[:, free], read, budget=budget, bound=error)
+        choice[free] = allocate(
+            errors[:, free], read, budget=budget, bound=error, apart=torch.tensor([o.opens for o in offers]),
+            shared=each, most=most,
+        )  # fmt: skip
+    opened = torch.tensor([o.opens for o in offers])[choice.clamp(min=0)] | (choice < 0)
     options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, offers, dense)}
     if best is not None and any(offers[i].expansion for i in set(choice.flatten().tolist()) if i >= 0):
         chosen_bias = torch.tensor([made.biases[i] for i in biases])[best]  # [settings, layers, heads]
@@ -149,13 +158,15 @@ def convert(
         "farfield": __version__,
         "asked": {
             "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "centres": numbers,
-            "recall_weight": recall_weight,
+            "recall_weight": recall_weight, "retrieval": retrieval,
         },
         "length": length,
         "calibration": made.effort,
         **_summary(choice, errors, spent, context(length)),
         # What is read where a cell that is scored by its bounds counts as two vectors.
         "vectors": float(_shares(choice, spent + (vectors - read)[choice.clamp(min=0)], context(length)).mean()),
+        # Key heads all of whose tokens decoding keeps, as a share.
+        "retrieval": float(opened.unflatten(1, (-1, each)).any(-1).float().mean()),
         "menu": [
             {
                 "setting": _named(o.setting), "expansion": o.expansion, "keys": k / context(length),
@@ -180,6 +191,11 @@ class _Offer:
     expansion: bool
     number: int = 0
 
+    @property
+    def opens(self) -> bool:
+        """Whether decoding has to keep all tokens."""
+        return isinstance(self.setting, Pyramid) and bool(self.setting.open)
+
     def keys(self, length: int, block: int, sinks: int, dim: int, bounds: int) -> float:
         """Mean keys read, see :mod:`farfield.interop.transformers.keys`."""
         own = keys_of_setting(self.setting, length, block, sinks, dim, bounds)
@@ -200,6 +216,23 @@ def _offers(made: Calibration, numbers: Sequence[int], max_share: int | None) ->
 def _heads(model: Any) -> tuple[int, int]:
     """Layers and query heads."""
     return len(cores.attention_layers(model)), model.config.num_attention_heads
+
+
+def _retrieval(model: Any, share: float | None, layers: int, dense: int) -> tuple[int, int | None]:
+    """How many heads read a key head, and how many key heads of layers that do not stay exact may keep all tokens."""
+    heads = model.config.num_attention_heads
+    kv_heads = getattr(model.config, "num_key_value_heads", None) or heads
+    if share is None:
+        return heads // kv_heads, None
+    if not 0 <= share <= 1:
+        raise ValueError(f"retrieval={share}: a share of key heads from 0 to 1 would be accepted")
+    most = int(share * layers * kv_heads + 1e-9) - dense * kv_heads
+    if most < 0:
+        raise ValueError(
+            f"retrieval={share:g} with {dense} exact layers of {layers}, whose key heads keep all tokens: at least "
+            f"{dense / layers:.3f} would be accepted"
+        )
+    return heads // kv_heads, most
 
 
 def save(model: Any, tokenizer: Any, conversion: Conversion, folder: str | Path, **more: Any) -> None:

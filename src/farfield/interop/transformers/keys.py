@@ -126,8 +126,9 @@ def keys_by_head(parts: Parts, heads: int, length: int, bounds: int = 1) -> Numb
 def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
     """Vectors per layer that decoding at ``length`` tokens has to keep: keys, values and what choices score.
 
-    All tokens where anything is opened, otherwise two blocks and the sinks; what choices score; summaries of plain
-    pyramids; the sums of an expansion.
+    All tokens of key heads whose cells are opened, of others two blocks, the sinks and what centres keep; what choices
+    score; summaries of plain pyramids; the sums of an expansion. What centres keep is counted as if no two lists had a
+    token in common, at most all tokens: an upper bound.
 
     Raises:
         ValueError: for parts that are not counted.
@@ -141,8 +142,14 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
     opened = [(h * kv_heads // heads, p) for of_group, p in groups if p.open for h in of_group]
     plain = [(h * kv_heads // heads, p) for of_group, p in groups if not p.open for h in of_group]
     expansions = parts.far.expansions if isinstance(parts.far, ByHead) else ()
-    every = bool(opened) or any(x.open for x in expansions)
-    total = 2 * kv_heads * (length if every else min(length, sinks + 2 * block))
+    near = min(length, sinks + 2 * block)
+    far = max(0, (length // block - 1) * block - sinks)
+    listed = [0] * kv_heads
+    for x in expansions:
+        for h in x.heads:
+            listed[h * kv_heads // heads] += x.number * x.open
+    whole = {head for head, _ in opened}
+    total = sum(2 * (length if head in whole else near + min(far, listed[head])) for head in range(kv_heads))
     scored = set()
     for head, p in opened:
         sides = {block // _integer(p.rank, "rank")} | (set() if p.page is None else {_integer(p.page, "page")})
