@@ -81,6 +81,14 @@ LAYERS: dict[str, dict[str, Any]] = {
             ),
         ),
     },
+    "by head, exact": {
+        "near": near.Blocks(8),
+        "far": far.ByHead(
+            (((0,), far.Pyramid(2, levels=1, open=3, rest="drop", choose="bounds", bias=None, sinks=3)),),
+            expansions=(far.Expansion.of((2,), (0.5,), torch.ones(1, 3, 4).cumsum(1), 7),),
+            exact=(1, 3),
+        ),
+    },
     "blocks": {"near": near.Blocks(5)},
     "dense": {"near": near.Dense()},
     "window": {"near": near.Window(7)},

@@ -172,6 +172,42 @@ def test_an_expansion_is_exact_where_everything_is_kept() -> None:
     torch.testing.assert_close(attend(far, given), ReadyAttention(SPEC, near=ff.near.Dense()).attend(given))
 
 
+@pytest.mark.parametrize("exact", [(3,), (0, 2, 5), tuple(range(6))], ids=str)
+def test_exact_heads_see_everything(exact: tuple[int, ...]) -> None:
+    """In every case, and the other heads what they saw without them."""
+    others = [head for head in range(6) if head not in exact]
+    groups = tuple((tuple(h for h in heads if h in others), p) for heads, p in (((4, 0), OPENED), ((3, 1), PLAIN)))
+    groups = tuple((heads, p) for heads, p in groups if heads)
+    for given in cases():
+        far = ByHead(groups, sinks=3, exact=exact)
+        found, plain = attend(far, given), attend(ByHead(groups, sinks=3), given)
+        dense = ReadyAttention(LayerSpec(24, 6, 2, 4, causal=given.causal), near=ff.near.Dense()).attend(given)
+        torch.testing.assert_close(found[:, list(exact)], dense[:, list(exact)])
+        torch.testing.assert_close(found[:, others], plain[:, others])
+        module = ReadyAttention(LayerSpec(24, 6, 2, 4, causal=given.causal), near=Blocks(8), far=far).double().far
+        state = module(given)
+        torch.testing.assert_close(state.out, found)
+        weight = (given.q @ given.k.repeat_interleave(3, 1).mT * given.scale).exp()
+        order = torch.ones(weight.shape[-2:], dtype=torch.bool).tril() if given.causal else torch.ones(())
+        if given.cu_seqlens is None and given.key_mask is None:
+            lse = (weight * order).sum(-1).log()
+            torch.testing.assert_close(state.lse[:, list(exact)], lse[:, list(exact)])
+
+
+def test_gradients_of_exact_heads() -> None:
+    given = inputs(30)
+    for x in (given.q, given.k, given.v):
+        x.requires_grad_()
+    far, dense = ByHead((((4, 0), OPENED),), exact=(2, 5)), ff.near.Dense()
+    of_exact = torch.randn(2, 2, 30, 4, dtype=torch.float64)
+    found = [
+        torch.autograd.grad(layer.attend(given)[:, [2, 5]], (given.q, given.k, given.v), of_exact)
+        for layer in (ReadyAttention(SPEC, near=Blocks(8), far=far).double(), ReadyAttention(SPEC, near=dense).double())
+    ]
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def _wide(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(6))
 
@@ -184,18 +220,16 @@ WIDE = {
 """For a width that the compiled engine takes."""
 
 
-@pytest.mark.parametrize("opened", [(), (1,)], ids=["near", "one key head opened"])
+@pytest.mark.parametrize("opened", ["none", "opened", "exact"])
 @pytest.mark.parametrize("sinks", [0, 3, 11])
 @pytest.mark.parametrize("chunk", [1, 5, 33])
 @pytest.mark.parametrize("expansions", WIDE.values(), ids=WIDE)
-def test_an_expansion_streams_compiled(
-    opened: tuple[int, ...], sinks: int, chunk: int, expansions: tuple[Expansion, ...]
-) -> None:
+def test_an_expansion_streams_compiled(opened: str, sinks: int, chunk: int, expansions: tuple[Expansion, ...]) -> None:
     """In float32, with tokens taken back across the border of a block, and other ones in their place meanwhile."""
-    if opened and any(1 in x.heads for x in expansions):
+    if opened != "none" and any(1 in x.heads for x in expansions):
         expansions = tuple(x.only(tuple(h for h in x.heads if h != 1)) for x in expansions)
-    groups = ((opened, replace(OPENED, sinks=sinks)),) if opened else ()
-    far = ByHead(groups, sinks=sinks, expansions=expansions)
+    groups = (((1,), replace(OPENED, sinks=sinks)),) if opened == "opened" else ()
+    far = ByHead(groups, sinks=sinks, expansions=expansions, exact=(1,) if opened == "exact" else ())
     layer = ff.Attention(192, 6, num_kv_heads=2, near=Blocks(8), far=far, causal=True, rope=1e4).eval()
     x = torch.randn(2, 75, 192)
     with torch.no_grad():
@@ -325,6 +359,10 @@ def test_parts_compare_and_print() -> None:
         (lambda: ByHead((((3,), PLAIN),), expansions=KEEPING), r"heads \[3\] are in more than one place"),
         (lambda: Expansion((0,), (0.0,), 1, "no base64!"), "is no base64"),
         (lambda: Expansion((0, 1), (0.0, 0.0), 1, "AAAA"), "has 3 bytes.*a multiple of 4"),
+        (lambda: ByHead(exact=(2, 1)), r"exact=\(2, 1\)\): rising numbers"),
+        (lambda: ByHead((((1,), PLAIN),), exact=(1,)), r"heads \[1\] are in more than one place"),
+        (lambda: ByHead(expansions=(EXPANSION,), exact=(2,)), r"heads \[2\] are in more than one place"),
+        (lambda: ByHead(exact=(6,)).check(SPEC, Blocks(8)), r"heads \[6\] in a layer of 6"),
         (lambda: ByHead().build(SPEC, Blocks(8)), "merge='softmax'"),
     ],
 )

@@ -82,6 +82,15 @@ def heads(number: int, length: int, width: int = 8) -> Tensor:
 # The budget
 
 
+def test_what_is_left_of_a_budget_is_spent() -> None:
+    """One dear head does not fit any more; cheaper ones get what is left, most gain for a key first."""
+    keys = torch.tensor([1.0, 2.0, 7.0])
+    errors = torch.tensor([[9.0, 3.0, 2.0, 9.0], [8.9, 2.9, 1.5, 8.95], [0.0, 2.8, 1.4, 0.0]])[:, None]
+    # 4 for all to begin with, 6 more for one of the two dear ones, and 2 that do not buy the other.
+    assert allocate(errors, keys, budget=12.0 / 4).tolist() == [[2, 1, 1, 0]]
+    assert allocate(errors, keys, budget=11.0 / 4).tolist() == [[2, 0, 1, 0]]
+
+
 def test_the_allocation_is_the_best_for_what_it_spends() -> None:
     """No choice of all has less error at no more keys; and the budget is used."""
     keys = torch.tensor([1.0, 3.0, 4.0, 9.0])
@@ -411,9 +420,10 @@ def test_recall_weighs_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, again = seen[1], seen[2]
     assert torch.equal(plain[0][:120], again[0][:120]) and not torch.equal(plain[0], again[0])
     assert plain[1].min() < 120 <= again[1].min()
-    for weight, lost in ((0.0, 8.0), (0.75, 20.0)):
+    for weight, lost in ((0.0, 1.0), (0.75, 2.5)):
         other = convert(make("Llama"), calibration=kept, keys=0.5, recall_weight=weight)
-        assert other.report["estimated_divergence"] == pytest.approx(lost)
+        inexact = 8 - sum(map(len, other.options["exact"]))
+        assert 0 < inexact < 8 and other.report["estimated_divergence"] == pytest.approx(lost * inexact)
     with pytest.raises(ValueError, match=r"recall_weight=1.5: a share from 0 to 1"):
         convert(make("Llama"), calibration=kept, keys=0.5, recall_weight=1.5)
 
@@ -479,6 +489,29 @@ def test_what_is_offered_is_what_was_asked_for() -> None:
         Keeps(0, 3)
 
 
+def test_heads_that_nothing_else_suits_stay_exact() -> None:
+    """The dearest in error first, whole contexts in the count; what is left of the budget goes to others."""
+    kept = small(keys=0.9)[1].calibration
+    kept.errors[:] = torch.rand(kept.errors.shape, generator=torch.Generator().manual_seed(1)) / 100
+    kept.errors[:, :, :, 1, 2] += 9.0
+    kept.errors[:, :, :, 0, 3] += 5.0
+    model, made = small(calibration=kept, keys=0.55)
+    assert made.options["exact"][1] == [2] and made.options["exact"][0] == [3]
+    number = made.report["layers"][1]["settings"][2]
+    assert made.report["menu"][number] == {"setting": {"exact": True}, "expansion": False, "keys": 1.0, "error": 0.0}
+    assert 0.5 < made.report["keys"] <= 0.55
+    cost = cost_of(model, 160)
+    assert cost is not None and cost.keys == pytest.approx(made.report["keys"], abs=1e-5)
+    for layer, row in enumerate(made.options["exact"]):
+        elsewhere = [h for group in made.options["layers"][layer] for h in group["heads"]]
+        elsewhere += [h for x in (made.options.get("expansions") or [[], []])[layer] for h in x["heads"]]
+        assert not set(row) & set(elsewhere)
+    _, none = small(calibration=kept, keys=0.55, retrieval=0.0)
+    assert "exact" not in none.options
+    with torch.no_grad():
+        assert model(tokens(1, 160)).logits.isfinite().all()
+
+
 def test_few_key_heads_keep_all_tokens() -> None:
     """As many as asked for; a cache of those that keep less does not grow with the context."""
     kept = small(keys=0.9)[1].calibration
@@ -526,7 +559,7 @@ def test_an_expansion_has_the_centres_and_the_bias_of_its_head() -> None:
     drawn[:, alone, 0] = torch.inf
     drawn[:, alone, 1:, :, 1] = 0.0  # and the second with nothing but an expansion
     kept = replace(kept, errors=drawn)
-    _, made = small(calibration=kept, keys=0.9)
+    _, made = small(calibration=kept, keys=0.4)
     errors, kinds = kept.weighed(0.5), set()
     for layer, entries in enumerate(made.options["expansions"]):
         settings = made.report["layers"][layer]["settings"]

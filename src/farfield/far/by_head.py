@@ -13,10 +13,11 @@ from farfield.far.expansion import Expansion
 from farfield.far.pyramid import Pyramid
 from farfield.geometry import integers, per_axis
 from farfield.near.blocks import Blocks, near_state
+from farfield.near.dense import DenseModule
 from farfield.ops.cache import Cache
 from farfield.ops.expansion import expansion_state
 from farfield.ops.state import AttentionState
-from farfield.parts import FarPart, Inputs, LayerSpec, Part, by_segment
+from farfield.parts import FarPart, Inputs, LayerSpec, OutputModule, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
 
 __all__ = ["ByHead", "Group"]
@@ -43,11 +44,14 @@ class ByHead(FarPart):
             opened cells leave out: what is opened is in it as well. An expansion whose centres keep tokens out of it
             (``open``) is a far field of its own, in which every token is seen once; its heads have no pyramid. For
             causal sequences.
+        exact: heads that see every token exactly, as with ``near=Dense()``: few heads of a pretrained model find again
+            what was said long ago (retrieval heads: Wu et al., arXiv 2404.15574; DuoAttention, 2410.10819).
     """
 
     groups: tuple[Group, ...] = ()
     sinks: int | None = None
     expansions: tuple[Expansion, ...] = ()
+    exact: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         groups = []
@@ -63,9 +67,13 @@ class ByHead(FarPart):
         if not isinstance(given, list | tuple) or not all(isinstance(x, Expansion) for x in given):
             raise TypeError(f"ByHead(expansions={given!r}): a tuple of far.Expansion would be accepted")
         object.__setattr__(self, "expansions", tuple(given))
+        exact = integers(self.exact, "exact heads of a ByHead")
+        if list(exact) != sorted(set(exact)) or (exact and exact[0] < 0):
+            raise ValueError(f"ByHead(exact={self.exact!r}): rising numbers from 0 on would be accepted")
+        object.__setattr__(self, "exact", exact)
         in_groups = [h for heads, _ in groups for h in heads]
         apart = [h for x in self.expansions if x.open for h in x.heads]
-        for places in (in_groups + apart, [h for x in self.expansions for h in x.heads]):
+        for places in (in_groups + apart + list(exact), [*(h for x in self.expansions for h in x.heads), *exact]):
             twice = sorted(head for head, times in Counter(places).items() if times > 1)
             if twice:
                 raise ValueError(f"ByHead: heads {twice} are in more than one place; a head has one far field")
@@ -102,6 +110,7 @@ class ByHead(FarPart):
         """Score computations for n tokens."""
         parts = [f"{len(heads)} heads: {pyramid.cost}" for heads, pyramid in self.groups]
         parts += [f"{len(x.heads)} heads: n·({x.number}·D + {x.open})" for x in self.expansions]
+        parts += [f"{len(self.exact)} heads: n²"] if self.exact else []
         return " + ".join(parts) or "0"
 
     def fuses(self, near: Part | None, merge: str) -> bool:
@@ -115,7 +124,8 @@ class ByHead(FarPart):
                 f"far={self!r} with near={near!r}: its interaction lists are the complement of leaf blocks; "
                 "use near=Blocks(...)"
             )
-        beyond = sorted(h for heads, _ in self.groups for h in heads if h >= spec.num_heads)
+        named = [h for heads, _ in self.groups for h in heads] + list(self.exact)
+        beyond = sorted(h for h in named if h >= spec.num_heads)
         if beyond:
             raise ValueError(f"ByHead names heads {beyond} in a layer of {spec.num_heads}: 0 to {spec.num_heads - 1}")
         for expansion in self.expansions:
@@ -138,7 +148,7 @@ class ByHead(FarPart):
         return _ByHead(self, spec, near)
 
 
-class _ByHead(StreamModule):
+class _ByHead(OutputModule, StreamModule):
     def __init__(self, options: ByHead, spec: LayerSpec, near: Blocks) -> None:
         super().__init__()
         self.options, self.spec = options, spec
@@ -146,13 +156,35 @@ class _ByHead(StreamModule):
         self.heads = [list(heads) for heads, _ in options.groups]
         self.kv_heads = [_key_heads(heads, spec.num_heads // spec.num_kv_heads) for heads in self.heads]
         self.parts = nn.ModuleList()
+        self.dense = DenseModule()
         self._homes: dict[int, tuple[Home, ...]] = {}
         for heads, kv_heads, (_, pyramid) in zip(self.heads, self.kv_heads, options.groups, strict=True):
             alone = replace(spec, num_heads=len(heads), num_kv_heads=len(kv_heads))
             self.parts.append(pyramid.build_far(alone, near))
 
     def forward(self, inputs: Inputs) -> AttentionState:
-        """The attention state of near and far field."""
+        """The attention state of near and far field. With exact heads O(N²) memory, for their log-sum-exp."""
+        return self._with_exact(self._inexact(inputs), inputs, True)
+
+    def output(self, inputs: Inputs) -> Tensor:
+        """The output alone, when nobody needs the log-sum-exp."""
+        return self._with_exact(self._inexact(inputs), inputs, False).out
+
+    def _with_exact(self, state: AttentionState, inputs: Inputs, need_lse: bool) -> AttentionState:
+        """With exact heads in their places; without ``need_lse`` theirs is left as it was."""
+        if not self.options.exact:
+            return state
+        kv_heads = _key_heads(list(self.options.exact), self.spec.num_heads // self.spec.num_kv_heads)
+        own = self._of_heads(inputs, list(self.options.exact), kv_heads)
+        index = index_of(self.options.exact, state.out.device)
+        exact = self.dense(own) if need_lse else AttentionState(self.dense.output(own), state.lse[:, index])
+        return AttentionState(
+            state.out.index_copy(1, index, exact.out.to(state.out.dtype)),
+            state.lse.index_copy(1, index, exact.lse.to(state.lse.dtype)),
+        )
+
+    def _inexact(self, inputs: Inputs) -> AttentionState:
+        """Of all heads but the exact ones."""
         far = [
             part(self._of_heads(inputs, heads, kv_heads))
             for heads, kv_heads, part in zip(self.heads, self.kv_heads, self.parts, strict=True)
@@ -208,7 +240,8 @@ class _ByHead(StreamModule):
         """Near field, sinks, expansions, and all groups that open cells of one level."""
         if rewind not in self._homes:
             self._homes[rewind] = homes_of(
-                self.options.groups, self.options.expansions, block=self.block[0], sinks=self.options.sinks or 0,
+                self.options.groups, self.options.expansions, self.options.exact, block=self.block[0],
+                sinks=self.options.sinks or 0,
                 num_heads=self.spec.num_heads, num_kv_heads=self.spec.num_kv_heads, rewind=rewind,
             )  # fmt: skip
         return self._homes[rewind]
@@ -253,7 +286,7 @@ class _ByHead(StreamModule):
         if whole:
             for home in homes:
                 home.fill(cache, tokens, inputs.scale)
-            common = self._all_heads(inputs)
+            common = self._with_exact(self._all_heads(inputs), inputs, need_lse)
         else:
             common = _in_order(homes, [home.step(cache, tokens, length, inputs.scale) for home in homes])
         far, index = [], []
@@ -268,7 +301,8 @@ class _ByHead(StreamModule):
             assert isinstance(of_group, AttentionState)
             far.append(of_group)
             index += heads
-        return joined(common, far, index)
+        state = joined(common, far, index)
+        return state if need_lse else state.out
 
     def extra_repr(self) -> str:
         """What was asked for."""

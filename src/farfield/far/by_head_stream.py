@@ -1,8 +1,8 @@
-"""What decoding keeps of a ByHead layer: all tokens for key heads whose cells are opened, few of the others.
+"""What decoding keeps of a ByHead layer: all tokens for key heads that some head reads at will, few of the others.
 
-Which key heads a query head reads is fixed, so every key head has one *home*: where any head that reads it opens cells,
-that of all tokens; otherwise that of the last blocks and the sinks, and of the tokens that centres of expansions keep.
-The second does not grow with the context beyond what lists hold.
+Which key heads a query head reads is fixed, so every key head has one *home*: where any head that reads it opens cells
+or is exact, that of all tokens; otherwise that of the last blocks and the sinks, and of the tokens that centres of
+expansions keep. The second does not grow with the context beyond what lists hold.
 """
 
 from __future__ import annotations
@@ -191,6 +191,7 @@ class Home:
 def homes_of(
     groups: tuple[tuple[tuple[int, ...], Pyramid], ...],
     expansions: tuple[Expansion, ...],
+    exact: tuple[int, ...],
     *,
     block: int,
     sinks: int,
@@ -209,7 +210,7 @@ def homes_of(
             opens = Opens(block // rank, page, beam, p.open, p.share, beam_share, p.recent, p.choose, p.count_bias)
             for head in of_group:
                 heads[head] = opens
-    opening = sorted({head // each for head, opens in enumerate(heads) if opens is not None})
+    opening = sorted({head // each for head, opens in enumerate(heads) if opens is not None or head in exact})
     others = [key_head for key_head in range(num_kv_heads) if key_head not in opening]
     homes: list[Home] = []
     number = 0
@@ -219,7 +220,8 @@ def homes_of(
         own = tuple(head for key_head in key_heads for head in range(key_head * each, (key_head + 1) * each))
         stream: HeadsStream | MultipoleStream
         if key_heads is opening:
-            stream = HeadsStream(block, sinks, tuple(heads[head] for head in own), len(key_heads), rewind)
+            everything = tuple(place for place, head in enumerate(own) if head in exact)
+            stream = HeadsStream(block, sinks, tuple(heads[head] for head in own), len(key_heads), rewind, everything)
         else:
             stream = MultipoleStream(block, 1, None, False, sinks, "near", rewind)
         sums = []

@@ -15,7 +15,7 @@ from farfield.parts import Inputs, LayerSpec, NearPart, OutputModule, Part, repe
 from farfield.rope import segment_positions
 from farfield.streaming import StreamModule, StreamSpec
 
-__all__ = ["Dense", "dense_output"]
+__all__ = ["Dense", "DenseModule", "dense_output"]
 
 SCORES = 1 << 24
 """Scores per head held at once when several tokens follow a cache."""
@@ -44,10 +44,12 @@ class Dense(NearPart):
 
     def build(self, spec: LayerSpec, near: Part | None = None) -> nn.Module:
         """See :class:`farfield.parts.Part`."""
-        return _Dense()
+        return DenseModule()
 
 
-class _Dense(OutputModule, StreamModule):
+class DenseModule(OutputModule, StreamModule):
+    """What :class:`Dense` builds."""
+
     def forward(self, inputs: Inputs) -> AttentionState:
         """Attention with its log-sum-exp."""
 

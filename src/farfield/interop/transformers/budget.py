@@ -28,7 +28,8 @@ def allocate(
 
     Every head takes the setting with the least ``error + price * keys``. The price is the lowest that keeps the budget
     (or the highest that keeps the bound), found by bisection, so the result lies on the lower convex hull of what can
-    be had, within one head's step of the optimum.
+    be had, within one head's step of the optimum; what of a budget is left then goes to single heads, first where it
+    buys most for its keys.
 
     Args:
         errors: [S, L, H] the error of each setting in each head of each layer.
@@ -52,16 +53,21 @@ def allocate(
     if apart is not None and most is not None and bool(apart.all()):
         raise ValueError(f"most={most}: every setting is apart; one that is not would be needed")
 
-    def choose(price: float) -> Tensor:
-        cost = errors + math.exp(price) * keys[:, None, None]
+    def allowed(price: float) -> Tensor:
+        """[S, L, H] the errors of what every head may have at this price, inf of what it may not."""
         if apart is None or most is None:
-            return cost.argmin(0)
-        plain = cost.masked_fill(apart[:, None, None].to(cost.device), torch.inf)
-        gain = (plain.amin(0) - cost.amin(0)).unflatten(-1, (-1, shared)).sum(-1)
+            return errors
+        cost = errors + math.exp(price) * keys[:, None, None]
+        closed = apart[:, None, None].to(cost.device)
+        gain = cost.masked_fill(closed, torch.inf).amin(0) - cost.amin(0)
+        gain = gain.unflatten(-1, (-1, shared)).sum(-1)
         chosen = torch.zeros(gain.numel(), dtype=torch.bool, device=cost.device)
         chosen[gain.flatten().argsort(descending=True, stable=True)[:most]] = True
         heads = chosen.view_as(gain).repeat_interleave(shared, -1)
-        return torch.where(heads, cost.argmin(0), plain.argmin(0))
+        return errors.masked_fill(closed & ~heads, torch.inf)
+
+    def choose(price: float) -> Tensor:
+        return (allowed(price) + math.exp(price) * keys[:, None, None]).argmin(0)
 
     def fits(choice: Tensor) -> bool:
         if budget is not None:
@@ -84,4 +90,21 @@ def allocate(
             good = middle
         else:
             bad = middle
-    return choose(good)
+    return choose(good) if budget is None else _spent(choose(good), allowed(good), keys, budget)
+
+
+def _spent(choice: Tensor, errors: Tensor, keys: Tensor, budget: float) -> Tensor:
+    """A choice with what is left of the budget spent: the most error for a key first, as long as anything fits."""
+    choice = choice.clone()
+    left = budget * choice.numel() - keys[choice].sum().item()
+    while True:
+        more = keys[:, None, None] - keys[choice]
+        gain = errors.gather(0, choice[None]) - errors
+        fits = (gain > 0) & (more <= left)
+        if not fits.any():
+            return choice
+        # What is better and reads no more comes before everything else.
+        rate = torch.where(fits, gain / more.clamp(min=1e-9), 0.0)
+        setting, layer, head = (int(i) for i in torch.unravel_index(rate.argmax(), rate.shape))
+        left -= float(more[setting, layer, head])
+        choice[layer, head] = setting

@@ -45,7 +45,7 @@ def last_rows(core: ReadyAttention, inputs: Inputs) -> Tensor:
         return _band(inputs, near.size)
     _check_choice(far)
     fused = core.fused and isinstance(far, Pyramid) and not far.open
-    alone = far is None or (isinstance(far, ByHead) and not far.groups and not far.expansions)
+    alone = far is None or (isinstance(far, ByHead) and not (far.groups or far.expansions or far.exact))
     blocks = isinstance(near, Blocks) and alone
     if core.spec.causal and (fused or blocks):
         first: int | Tensor = keys - queries

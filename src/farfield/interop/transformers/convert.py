@@ -1,4 +1,8 @@
-"""Converting a pretrained model to multipole attention without training: calibrate, allocate, configure."""
+"""Converting a pretrained model to multipole attention without training: calibrate, allocate, configure.
+
+A head is offered every setting of the calibration, alone and with an expansion, and to see all tokens exactly, which
+reads the whole context and errs nowhere.
+"""
 
 from __future__ import annotations
 
@@ -123,16 +127,15 @@ def convert(
         )
     length, block, sinks = made.length, made.block, made.sinks
     offers = _offers(made, numbers, max_share)
-    if not offers:
-        raise ValueError(
-            f"nothing is offered with centres={tuple(centres)}, max_share={max_share}: more of them is needed"
-        )
     by_bias = made.weighed(recall_weight)
     plain = made.biases.index(None)
     biases = [i for i, bias in enumerate(made.biases) if bias is not None]
     # Beside every setting the bias that suits the head.
     better, best = by_bias[:, biases].min(1) if biases else (by_bias[:, plain], None)
-    errors = torch.stack([better[o.place] if o.expansion else by_bias[o.place, plain] for o in offers])
+    nothing = torch.zeros(shape)
+    errors = torch.stack(
+        [nothing if o.exact else better[o.place] if o.expansion else by_bias[o.place, plain] for o in offers]
+    )
     read, vectors = (
         torch.tensor([o.keys(length, block, sinks, made.width, bounds) for o in offers]) for bounds in (1, 2)
     )
@@ -145,8 +148,13 @@ def convert(
             errors[:, free], read, budget=budget, bound=error, apart=torch.tensor([o.opens for o in offers]),
             shared=each, most=most,
         )  # fmt: skip
-    opened = torch.tensor([o.opens for o in offers])[choice.clamp(min=0)] | (choice < 0)
+    whole, exact = (
+        torch.tensor(x)[choice.clamp(min=0)] for x in ([o.opens for o in offers], [o.exact for o in offers])
+    )
     options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, offers, dense)}
+    exact &= choice >= 0
+    if exact.any():
+        options["exact"] = [[head for head, is_exact in enumerate(row) if is_exact] for row in exact.tolist()]
     if best is not None and any(offers[i].expansion for i in set(choice.flatten().tolist()) if i >= 0):
         chosen_bias = torch.tensor([made.biases[i] for i in biases])[best]  # [settings, layers, heads]
         options["expansions"] = [
@@ -166,10 +174,11 @@ def convert(
         # What is read where a cell that is scored by its bounds counts as two vectors.
         "vectors": float(_shares(choice, spent + (vectors - read)[choice.clamp(min=0)], context(length)).mean()),
         # Key heads all of whose tokens decoding keeps, as a share.
-        "retrieval": float(opened.unflatten(1, (-1, each)).any(-1).float().mean()),
+        "retrieval": float((whole | (choice < 0)).unflatten(1, (-1, each)).any(-1).float().mean()),
         "menu": [
             {
-                "setting": _named(o.setting), "expansion": o.expansion, "keys": k / context(length),
+                "setting": {"exact": True} if o.exact else _named(o.setting), "expansion": o.expansion,
+                "keys": k / context(length),
                 "error": float(e.sum()),
             }
             for o, k, e in zip(offers, read.tolist(), errors, strict=True)
@@ -181,36 +190,41 @@ def convert(
 
 @dataclass(frozen=True)
 class _Offer:
-    """What a head can be given: a setting of the menu, at ``place`` there, alone or with an expansion.
+    """What a head can be given: a setting of the menu, at ``place`` there, alone or with an expansion; or everything.
 
-    Beside a pyramid, or nothing, it is one of ``number`` centres; that of a setting that keeps tokens is its own.
+    Beside a pyramid, or nothing, the expansion is one of ``number`` centres; that of a setting that keeps tokens is its
+    own. With ``exact`` there is no setting.
     """
 
     place: int
     setting: Setting
     expansion: bool
     number: int = 0
+    exact: bool = False
 
     @property
     def opens(self) -> bool:
         """Whether decoding has to keep all tokens."""
-        return isinstance(self.setting, Pyramid) and bool(self.setting.open)
+        return self.exact or (isinstance(self.setting, Pyramid) and bool(self.setting.open))
 
     def keys(self, length: int, block: int, sinks: int, dim: int, bounds: int) -> float:
         """Mean keys read, see :mod:`farfield.interop.transformers.keys`."""
+        if self.exact:
+            return context(length)
         own = keys_of_setting(self.setting, length, block, sinks, dim, bounds)
         return own + (expansion_keys(self.number, dim, bounds) if self.number else 0.0)
 
 
 def _offers(made: Calibration, numbers: Sequence[int], max_share: int | None) -> list[_Offer]:
-    """The settings of a calibration that are asked for, first without, then with expansions."""
+    """The settings of a calibration that are asked for, first without, then with expansions, and to see everything."""
     few = [(i, p) for i, p in enumerate(made.menu) if _allowed(p, max_share)]
     others = [(i, p) for i, p in few if not isinstance(p, Keeps)]
     offers = [_Offer(i, p, False) for i, p in others]
     fewest = min(made.centres, default=0)
     if fewest in numbers:
         offers += [_Offer(i, p, True, fewest) for i, p in others]
-    return offers + [_Offer(i, p, True) for i, p in few if isinstance(p, Keeps) and p.number in numbers]
+    offers += [_Offer(i, p, True) for i, p in few if isinstance(p, Keeps) and p.number in numbers]
+    return [*offers, _Offer(-1, None, False, exact=True)]
 
 
 def _heads(model: Any) -> tuple[int, int]:

@@ -120,15 +120,16 @@ def keys_by_head(parts: Parts, heads: int, length: int, bounds: int = 1) -> Numb
         counted[list(x.heads)] += expansion_keys(
             x.number, x.width, bounds, open=x.open, length=length, block=block, sinks=sinks
         )
+    counted[list(_exact(parts.far))] = context(length)
     return counted
 
 
 def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
     """Vectors per layer that decoding at ``length`` tokens has to keep: keys, values and what choices score.
 
-    All tokens of key heads whose cells are opened, of others two blocks, the sinks and what centres keep; what choices
-    score; summaries of plain pyramids; the sums of an expansion. What centres keep is counted as if no two lists had a
-    token in common, at most all tokens: an upper bound.
+    All tokens of key heads whose cells are opened or that an exact head reads, of others two blocks, the sinks and what
+    centres keep; what choices score; summaries of plain pyramids; sums of expansions. What centres keep is counted
+    as if no two lists had a token in common, at most all tokens: an upper bound.
 
     Raises:
         ValueError: for parts that are not counted.
@@ -148,7 +149,7 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
     for x in expansions:
         for h in x.heads:
             listed[h * kv_heads // heads] += x.number * x.open
-    whole = {head for head, _ in opened}
+    whole = {head for head, _ in opened} | {h * kv_heads // heads for h in _exact(parts.far)}
     total = sum(2 * (length if head in whole else near + min(far, listed[head])) for head in range(kv_heads))
     scored = set()
     for head, p in opened:
@@ -174,6 +175,11 @@ def _groups(far: Any, heads: int) -> tuple[list[tuple[tuple[int, ...], Pyramid]]
     if isinstance(far, ByHead):
         return list(far.groups), far.sinks or 0
     raise ValueError(f"the keys that far={far!r} reads are not counted; Pyramid and ByHead are")
+
+
+def _exact(far: Any) -> tuple[int, ...]:
+    """Heads that see every token."""
+    return far.exact if isinstance(far, ByHead) else ()
 
 
 def _plain(length: int, block: int, rank: int, levels: int) -> float:

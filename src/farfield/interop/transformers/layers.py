@@ -4,7 +4,8 @@
 entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads in no group see
 the near field and the sinks only. ``"expansions"``, where it is there, has one entry per layer too: a list of the
 fields of each :class:`farfield.far.Expansion`, ``{"heads": [..], "bias": [..], "number": 8, "centres": "<base64>",
-"open": 0}``. No group has parameters, so that plain ``from_pretrained`` reads such a model.
+"open": 0}``; and ``"exact"`` lists the heads of each layer that see everything. No group has parameters, so that plain
+``from_pretrained`` reads such a model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["CONVERTED", "check", "group_of", "layer_parts", "pyramid_of", "setti
 CONVERTED = "converted"
 """The name that stands where a recipe's does."""
 
-_OPTIONS = ("block", "sinks", "layers", "expansions")
+_OPTIONS = ("block", "sinks", "layers", "expansions", "exact")
 _SETTINGS = (
     "rank", "levels", "count_bias", "open", "beam", "page", "share", "beam_share", "recent", "rest", "choose",
 )  # fmt: skip
@@ -68,14 +69,16 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown or not isinstance(options.get("layers"), list | tuple):
         raise TypeError(
-            "settings by layer are block=, sinks=, layers= (a list, one entry per layer) and expansions= (the same); "
+            "settings by layer are block=, sinks=, layers= (a list, one entry per layer), expansions= and exact= (the "
+            "same); "
             f"got {sorted(options)}, layers of type {type(options.get('layers')).__name__}"
         )
-    whole = {"block": 64, "sinks": 16, "expansions": None, **options}
-    more = whole["expansions"]
-    if more is not None and (not isinstance(more, list | tuple) or len(more) != len(whole["layers"])):
-        given = f"{len(more)} entries" if isinstance(more, list | tuple) else repr(more)
-        raise ValueError(f"expansions={given}: a list of {len(whole['layers'])} entries, one per layer, is needed")
+    whole = {"block": 64, "sinks": 16, "expansions": None, "exact": None, **options}
+    for name in ("expansions", "exact"):
+        more = whole[name]
+        if more is not None and (not isinstance(more, list | tuple) or len(more) != len(whole["layers"])):
+            given = f"{len(more)} entries" if isinstance(more, list | tuple) else repr(more)
+            raise ValueError(f"{name}={given}: a list of {len(whole['layers'])} entries, one per layer, is needed")
     for layer in range(len(whole["layers"])):
         layer_parts(**setting_of_layer(whole, layer))
     return whole
@@ -99,11 +102,15 @@ def setting_of_layer(options: dict[str, Any], layer: int) -> dict[str, Any]:
             f"expansions of a layer are {type(expansions).__name__}: a list of them would be accepted; a model that an "
             "earlier version converted has to be converted again"
         )
+    exact = (options.get("exact") or [[]] * len(entries))[layer]
+    if not isinstance(exact, list | tuple):
+        raise TypeError(f"exact heads of a layer are {exact!r}: a list of numbers would be accepted")
     return {
         "block": options.get("block", 64),
         "sinks": options.get("sinks", 16),
         "groups": groups,
         "expansions": tuple(tuple(_frozen(expansion).items()) for expansion in expansions),
+        "exact": tuple(exact),
     }
 
 
@@ -129,7 +136,13 @@ def _expansion_of(given: dict[str, Any]) -> Expansion:
     return Expansion(**given)
 
 
-def layer_parts(block: int, sinks: int, groups: str | tuple[Any, ...], expansions: tuple[Any, ...] = ()) -> Parts:
+def layer_parts(
+    block: int,
+    sinks: int,
+    groups: str | tuple[Any, ...],
+    expansions: tuple[Any, ...] = (),
+    exact: tuple[int, ...] = (),
+) -> Parts:
     """The parts of one layer.
 
     Args:
@@ -137,6 +150,7 @@ def layer_parts(block: int, sinks: int, groups: str | tuple[Any, ...], expansion
         sinks: leading tokens that are always seen.
         groups: "dense", or for every group the items of its settings.
         expansions: the items of every :class:`farfield.far.Expansion`.
+        exact: heads that see every token.
 
     Raises:
         ValueError, TypeError: for settings that make no sense, with the reason.
@@ -144,9 +158,12 @@ def layer_parts(block: int, sinks: int, groups: str | tuple[Any, ...], expansion
     if isinstance(groups, str):
         if groups != "dense":
             raise ValueError(f"settings of a layer are {groups!r}: 'dense' or a list of groups would be accepted")
-        if expansions:
-            raise ValueError("a dense layer with expansions: nothing is far there; an empty list is needed")
+        if expansions or exact:
+            raise ValueError(
+                "a dense layer with expansions or exact heads: nothing is far there; an empty list is needed"
+            )
         return Parts(near=Dense(), far=None, merge="softmax")
     made = [pyramid_of(dict(items), sinks) for items in groups]
-    far = ByHead(tuple(made), sinks=sinks, expansions=tuple(_expansion_of(dict(items)) for items in expansions))
+    summed = tuple(_expansion_of(dict(items)) for items in expansions)
+    far = ByHead(tuple(made), sinks=sinks, expansions=summed, exact=exact)
     return Parts(near=Blocks(block), far=far, merge="softmax")

@@ -33,7 +33,8 @@ class Keeps:
 
 
 Setting = Pyramid | Keeps | None
-"""What a head can be given as its far field; None: nothing."""
+"""What a head can be given as its far field, and what a calibration measures; None: nothing. (To see all tokens exactly
+needs no measurement: see :mod:`farfield.interop.transformers.convert`.)"""
 
 
 def setting(

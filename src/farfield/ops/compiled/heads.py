@@ -58,7 +58,8 @@ def step_heads(
         banks: [B, n, room, D or 2 D] each, what choices score.
         table: [Hq, 14] int64, for every head: its key head; bank of its cells (-1: the keys) and which of the bank's
             heads; the same of its pages; tokens of a cell and of a page; beam, open, share, beam_share, recent; whether
-            it chooses by bounds; whether log(count) is added. ``open`` 0: nothing is opened.
+            it chooses by bounds; whether log(count) is added. ``open`` 0: nothing is opened, -1:
+            every token is seen.
         at, block, sinks, scale: of the step.
 
     Returns:

@@ -1465,7 +1465,7 @@ struct Step {
   float scale;
 };
 
-// What a row of the table says. A bank of -1: the keys themselves.
+// What a row of the table says. A bank of -1: the keys themselves. An OPEN of -1: every token is seen.
 enum { KEY_HEAD, CELL_BANK, CELL_ROW, PAGE_BANK, PAGE_ROW, CELL, PAGE, BEAM, OPEN, SHARE, BEAM_SHARE, RECENT, BOUNDS, COUNT,
        HEAD };
 
@@ -1548,12 +1548,13 @@ static void choose_pages(const Step& c, int64_t b, int64_t h, StepMemory& m) {
 
 static void step_row(const Step& c, int64_t b, int64_t h, StepMemory& m) {
   const int64_t* const t = c.table + h * HEAD;
-  const int64_t number = c.at / c.block, start = std::max<int64_t>(0, number - 1) * c.block, of = b * c.shared + t[KEY_HEAD];
+  const int64_t start = t[OPEN] < 0 ? 0 : std::max<int64_t>(0, c.at / c.block - 1) * c.block;
+  const int64_t of = b * c.shared + t[KEY_HEAD];
   const float *const query = c.query + (b * c.heads + h) * c.dim, *const key = c.keys + of * c.room * c.dim;
   const float* const value = c.values + of * c.room * c.dim;
   const float factor = c.scale * LOG2E;
   m.row.clear(), m.value.clear(), m.chosen.clear();
-  if (t[OPEN]) choose_pages(c, b, h, m);
+  if (t[OPEN] > 0) choose_pages(c, b, h, m);
   m.row.clear();
   const auto see = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) m.row.push_back(key + i * c.dim), m.value.push_back(value + i * c.dim);
@@ -1583,7 +1584,9 @@ extern "C" int farfield_step(const Step* step) {
   return guarded([=] {
     const Step& c = *step;
     bool failed = false;
-#pragma omp parallel num_threads((int)c.threads) if (c.batch * c.heads * 4 * c.block * c.dim > SHORT)
+    int64_t keys = 0;
+    for (int64_t h = 0; h < c.heads; h++) keys += c.table[h * HEAD + OPEN] < 0 ? c.at : 4 * c.block;
+#pragma omp parallel num_threads((int)c.threads) if (c.batch * keys * c.dim > SHORT)
     {
       StepMemory memory;
 #pragma omp for schedule(dynamic, 1)

@@ -65,6 +65,7 @@ class HeadsStream:
         heads: per query head, how it opens cells; None for a head that opens none.
         kv_heads: key heads; query heads are their consecutive groups.
         rewind: tokens that can be taken back.
+        exact: query heads that see all tokens; they open none.
     """
 
     block: int
@@ -72,6 +73,7 @@ class HeadsStream:
     heads: tuple[Opens | None, ...]
     kv_heads: int
     rewind: int = 0
+    exact: tuple[int, ...] = ()
 
     def key_head(self, head: int) -> int:
         """The key head that a query head reads."""
@@ -194,7 +196,7 @@ class HeadsStream:
         for head, opens in enumerate(self.heads):
             of = self.key_head(head)
             if opens is None:
-                rows.append([of, -1, 0, -1, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0])
+                rows.append([of, -1, 0, -1, 0, 1, 1, 0, -1 if head in self.exact else 0, 1, 1, 0, 0, 0])
                 continue
             places = []
             for size in (opens.cell, opens.page):
@@ -225,11 +227,15 @@ class HeadsStream:
         near = torch.cat([torch.arange(min(self.sinks, first)), torch.arange(first, at + 1)]).to(device)
         batch, heads = query.shape[:2]
         most = max((o.open * o.page for o in self.groups), default=0)
+        before = torch.arange(min(self.sinks, first), first, device=device)  # what an exact head sees beside the near
+        most = max(most, len(before) if self.exact else 0)
         seen = torch.full((batch, heads, most), EMPTY, device=device)
         with exactly(device):
             for opens, of in self.groups.items():
                 tokens = self._tokens(cache, opens, of, at, scale)
                 seen[:, of, : tokens.shape[-1]] = tokens
+            if self.exact:
+                seen[:, list(self.exact), : len(before)] = before
             tokens = torch.cat([near.expand(batch, heads, -1), seen], -1)
             own = torch.tensor([self.key_head(head) for head in range(heads)], device=device)
             rows = torch.arange(batch, device=device)[:, None, None]
