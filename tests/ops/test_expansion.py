@@ -8,7 +8,8 @@ from torch import Tensor
 
 from farfield.ops import expansion
 from farfield.ops.compiled import choice as compiled
-from farfield.ops.expansion import ExpansionStream, expansion_state, nearest, sift
+from farfield.ops.expansion import Asked, ExpansionStream, expansion_state, nearest, sift, with_expansions
+from farfield.ops.state import AttentionState, merge_states
 
 needs_compiled = pytest.mark.skipif(compiled.why_not() is not None, reason=f"no compiled engine: {compiled.why_not()}")
 
@@ -353,6 +354,18 @@ def test_a_stream_has_the_same_sums(prompt: int, open: int, width: int, dtype: t
         got = stream.attend(cache, q[:, :, at : at + 1], k, v, read, centres, bias, at // 4, scale)
         torch.testing.assert_close(got.out[:, :, 0], whole.out[:, :, at], **near)
         torch.testing.assert_close(got.lse[:, :, 0], whole.lse[:, :, at], **near)
+        # All heads in one call, into what they have seen already: nothing, and more of the same.
+        nothing = AttentionState(torch.zeros_like(got.out), torch.full_like(got.lse, -torch.inf))
+        asked = [
+            Asked(stream, {name: x[:, of] for name, x in cache.items()}, centres[of], bias[of], of, k, v, read[of])
+            for of in (torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5]))
+        ]
+        for before in (nothing, AttentionState(got.out + 1, got.lse - 0.3)):
+            seen = AttentionState(*(x.clone() for x in before))
+            joint = with_expansions(seen, q[:, :, at : at + 1], asked, at // 4, scale)
+            expected = merge_states(before, got)
+            torch.testing.assert_close(joint.out, expected.out, **near)
+            torch.testing.assert_close(joint.lse, expected.lse, **near)
         if (at + 1) % 4 == 0:
             first = 0 if open else max(0, at - 7)
             stream.close(cache, at // 4, *(x[:, :, first : at + 1] for x in (k, v)), read, centres, scale, first)

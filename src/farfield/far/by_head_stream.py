@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from farfield.far.expansion import Expansion
 from farfield.far.pyramid import Pyramid
 from farfield.geometry import per_axis
 from farfield.ops.cache import Cache, join_rows
-from farfield.ops.expansion import ExpansionStream
+from farfield.ops.expansion import Asked, ExpansionStream, with_expansions
 from farfield.ops.kept import compact
 from farfield.ops.multipole.stream import MultipoleStream, Weights
 from farfield.ops.opened.heads import HeadsStream, Opens
@@ -37,6 +38,26 @@ def shares_tokens(pyramid: Pyramid) -> bool:
     return bool(pyramid.open) and pyramid.levels == 1 and pyramid.rest == "drop" and plain and pyramid.open_bias is None
 
 
+class Sums(NamedTuple):
+    """An expansion of some heads of a home.
+
+    Attributes:
+        prefix: of its names in a cache.
+        options, stream: of the expansion.
+        heads, read: numbers of its heads in the home, and of the key head there that each of them reads.
+    """
+
+    prefix: str
+    options: Expansion
+    stream: ExpansionStream
+    heads: tuple[int, ...]
+    read: tuple[int, ...]
+
+    def of(self, cache: Cache) -> Cache:
+        """Its part of a cache; its tensors are written in place."""
+        return {name: cache[self.prefix + name] for name in self.stream.names}
+
+
 @dataclass(frozen=True)
 class Home:
     """Key heads whose tokens are kept in one way, and the query heads that read them.
@@ -47,13 +68,13 @@ class Home:
     Attributes:
         heads, key_heads: numbers in the layer, rising.
         stream: near field, sinks, and where all tokens are kept the cells that are opened.
-        expansions: name in a cache, options (heads numbered as in the layer) and stream of each.
+        expansions: of these heads.
     """
 
     heads: tuple[int, ...]
     key_heads: tuple[int, ...]
     stream: HeadsStream | MultipoleStream
-    expansions: tuple[tuple[str, Expansion, ExpansionStream], ...]
+    expansions: tuple[Sums, ...]
 
     @property
     def whole(self) -> bool:
@@ -68,16 +89,7 @@ class Home:
     @property
     def keeps(self) -> bool:
         """Whether a centre keeps tokens."""
-        return any(x.open for _, x, _ in self.expansions)
-
-    def _places(self, expansion: Expansion) -> list[int]:
-        """The heads of an expansion among those here."""
-        return [self.heads.index(head) for head in expansion.heads]
-
-    def _read(self, expansion: Expansion, device: torch.device) -> Tensor:
-        """[H] which of the key heads here is whose."""
-        each = len(self.heads) // len(self.key_heads)
-        return index_of(tuple(place // each for place in self._places(expansion)), device)
+        return any(sums.stream.open for sums in self.expansions)
 
     def empty(self, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Cache:
         """The cache of rows without tokens."""
@@ -86,8 +98,9 @@ class Home:
         else:
             own = self.stream.empty(batch, len(self.heads), len(self.key_heads), dim, dtype, device)
         cache = {self.prefix + name: x for name, x in own.items()}
-        for prefix, expansion, stream in self.expansions:
-            cache |= {prefix + name: x for name, x in stream.empty(batch, expansion.tensor(), dtype, device).items()}
+        for sums in self.expansions:
+            own = sums.stream.empty(batch, sums.options.tensor(), dtype, device)
+            cache |= {sums.prefix + name: x for name, x in own.items()}
         if self.keeps and not self.whole:
             with torch.inference_mode(False):
                 nothing = torch.zeros(batch, len(self.key_heads), 1, dim, dtype=dtype, device=device)
@@ -117,17 +130,15 @@ class Home:
                 self.stream.fill(own, query, key, value)
             else:
                 self.stream.fill(own, key, value)
-        for prefix, expansion, stream in self.expansions:
-            centres, _ = expansion.on(key.device)
-            with within(cache, prefix) as own:
-                stream.fill(own, key, value, self._read(expansion, key.device), centres, scale)
+        for sums in self.expansions:
+            centres, _ = sums.options.on(key.device)
+            sums.stream.fill(sums.of(cache), key, value, index_of(sums.read, key.device), centres, scale)
         self._compact(cache, key, value)
 
     def step(self, cache: Cache, tokens: Tokens, length: int, scale: float) -> AttentionState:
         """Near field, expansions and opened cells of the heads here, for [B, H, T, D] after ``length`` others."""
         tokens, block, done = self._own(tokens), self.stream.block, 0
         count, states = tokens[0].shape[2], []
-        heads = [place for _, x, _ in self.expansions for place in self._places(x)]
         with within(cache, self.prefix) as own:
             while done < count:
                 at = length + done
@@ -136,27 +147,26 @@ class Home:
                 near = self.stream.step(own, query, key, value, at, scale=scale)
                 assert isinstance(near, AttentionState)
                 done, number = stop, at // block
-                states.append(joined(near, self._expanded(cache, own, query, number, scale), heads))
+                states.append(with_expansions(near, query, self._asked(cache, own, query.device), number, scale))
                 if self.expansions and number and (length + done) % block == 0:
                     self._close(cache, own, number, scale)
         rows = join_rows(states)
         assert isinstance(rows, AttentionState)
         return rows
 
-    def _expanded(self, cache: Cache, own: Cache, query: Tensor, number: int, scale: float) -> list[AttentionState]:
-        """Of every expansion, for queries in block ``number``; ``own`` is the stream's part of the cache."""
+    def _asked(self, cache: Cache, own: Cache, device: torch.device) -> list[Asked]:
+        """The expansions with what they read; ``own`` is the stream's part of the cache."""
         where, name = (cache, "kept/") if self.keeps and not self.whole else (own, "")
-        states = []
-        for prefix, expansion, stream in self.expansions:
-            centres, bias = expansion.on(query.device)
-            asked, read = take(query, tuple(self._places(expansion))), self._read(expansion, query.device)
-            with within(cache, prefix) as part:
-                states.append(
-                    stream.attend(
-                        part, asked, where[name + "keys"], where[name + "values"], read, centres, bias, number, scale
-                    )
+        found = []
+        for sums in self.expansions:
+            centres, bias = sums.options.on(device)
+            found.append(
+                Asked(
+                    sums.stream, sums.of(cache), centres, bias, index_of(sums.heads, device), where[name + "keys"],
+                    where[name + "values"], index_of(sums.read, device),
                 )
-        return states
+            )  # fmt: skip
+        return found
 
     def _close(self, cache: Cache, own: Cache, number: int, scale: float) -> None:
         """Adds the block before block ``number`` to the sums, and to what is kept, now that this one is complete."""
@@ -168,10 +178,9 @@ class Home:
             kept = cache["kept/keys"], cache["kept/values"]
             first -= kept[0].shape[2]
             key, value = (torch.cat([x, new.to(x.dtype)], 2) for x, new in zip(kept, (key, value), strict=True))
-        for prefix, expansion, stream in self.expansions:
-            centres, read = expansion.on(key.device)[0], self._read(expansion, key.device)
-            with within(cache, prefix) as part:
-                stream.close(part, number, key, value, read, centres, scale, first)
+        for sums in self.expansions:
+            centres, read = sums.options.on(key.device)[0], index_of(sums.read, key.device)
+            sums.stream.close(sums.of(cache), number, key, value, read, centres, scale, first)
         self._compact(cache, key, value)
 
     def _compact(self, cache: Cache, key: Tensor, value: Tensor) -> None:
@@ -179,9 +188,9 @@ class Home:
         if not self.keeps or self.whole:
             return
         lists = [
-            (cache[prefix + "kept"], self._read(expansion, key.device))
-            for prefix, expansion, _ in self.expansions
-            if expansion.open
+            (cache[sums.prefix + "kept"], index_of(sums.read, key.device))
+            for sums in self.expansions
+            if sums.stream.open
         ]
         kept = compact(key, value, lists)
         for name, x in zip(("kept/keys", "kept/values"), kept, strict=True):
@@ -224,13 +233,16 @@ def homes_of(
             stream = HeadsStream(block, sinks, tuple(heads[head] for head in own), len(key_heads), rewind, everything)
         else:
             stream = MultipoleStream(block, 1, None, False, sinks, "near", rewind)
-        sums = []
+        summed = []
         for x in expansions:
             here = tuple(head for head in x.heads if head in own)
             if here:
-                sums.append((f"expansion{number}/", x.only(here), ExpansionStream(block, sinks, rewind, x.open)))
+                places = tuple(own.index(head) for head in here)
+                of = ExpansionStream(block, sinks, rewind, x.open)
+                read = tuple(place // each for place in places)
+                summed.append(Sums(f"expansion{number}/", x.only(here), of, places, read))
                 number += 1
-        homes.append(Home(own, tuple(key_heads), stream, tuple(sums)))
+        homes.append(Home(own, tuple(key_heads), stream, tuple(summed)))
     return tuple(homes)
 
 

@@ -20,6 +20,7 @@ are known beforehand, so that it is causal and has a stream, and with sums to fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -32,14 +33,16 @@ from torch.autograd.function import once_differentiable
 from farfield.geometry import EMPTY
 from farfield.ops.cache import Cache, exactly
 from farfield.ops.compiled import choice as compiled
-from farfield.ops.compiled.expansion import advance, expand, expand_backward
+from farfield.ops.compiled.expansion import StepPart, advance, expand, expand_backward
 from farfield.ops.compiled.expansion import step as compiled_step
 from farfield.ops.listed import attend_lists
 from farfield.ops.opened.choose import top
 from farfield.ops.state import AttentionState, merge_states, state_from_scores
 from farfield.ops.tiles import Store, compute_dtype
 
-__all__ = ["ExpansionStream", "Moments", "expansion_state", "moments_of", "nearest", "sift"]
+__all__ = [
+    "Asked", "ExpansionStream", "Moments", "expansion_state", "moments_of", "nearest", "sift", "with_expansions",
+]  # fmt: skip
 
 RUN = 16
 """Blocks whose sums are held at once."""
@@ -457,6 +460,11 @@ class ExpansionStream:
     open: int = 0
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of a cache's tensors."""
+        return (*Moments._fields, "kept", "scores") if self.open else Moments._fields
+
+    @property
     def places(self) -> int:
         """R."""
         return 1 + -(-self.rewind // self.block)
@@ -596,11 +604,6 @@ class ExpansionStream:
                 lse = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
                 return AttentionState(query.new_zeros(query.shape, dtype=wide), lse)
             place = (number - 1) % self.places
-            if query.shape[2] == 1 and _fits(query, centres) and key.dtype == value.dtype == torch.float32:
-                sums = cache["lse"], cache["key"], cache["rows"]
-                kept = cache["kept"] if self.open else None
-                out, lse = compiled_step(query[:, :, 0], centres, bias, sums, kept, key, value, read, place, scale)
-                return AttentionState(out[:, :, None], lse[:, :, None])
             far = Moments(*(cache[name][:, :, place, None] for name in Moments._fields))
             query, centres = query.to(wide), centres.to(wide)
             own = nearest(query, centres)
@@ -615,3 +618,63 @@ class ExpansionStream:
             scores = (keys @ query[..., None]).squeeze(-1) * scale
             exact = state_from_scores(scores.masked_fill(tokens < 0, -torch.inf)[..., None, :], values)
             return merge_states(cell, AttentionState(exact.out.squeeze(-2), exact.lse.squeeze(-1)))
+
+
+class Asked(NamedTuple):
+    """An expansion that some of a layer's heads are asked for.
+
+    Attributes:
+        stream, cache: of it.
+        centres, bias: [H, C, D], [H].
+        heads: [H] which of all heads these are.
+        key, value, read: what the centres keep, as :meth:`ExpansionStream.attend` takes it.
+    """
+
+    stream: ExpansionStream
+    cache: Cache
+    centres: Tensor
+    bias: Tensor
+    heads: Tensor
+    key: Tensor
+    value: Tensor
+    read: Tensor
+
+
+def with_expansions(
+    near: AttentionState, query: Tensor, asked: Sequence[Asked], number: int, scale: float
+) -> AttentionState:
+    """The state of queries [B, H, T, D] in block ``number``, which may be changed, with their expansions merged in.
+
+    ``asked`` has every head at most once; their caches have equally many places. One token on the CPU in float32 is one
+    compiled call.
+    """
+    if not asked or number < 1:
+        return near
+    first = asked[0]
+    place, wide = (number - 1) % first.stream.places, {near.out.dtype, near.lse.dtype, query.dtype}
+    wide |= {x.key.dtype for x in asked if x.stream.open}
+    if query.shape[2] == 1 and wide == {torch.float32} and _fits(query, first.centres):
+        out, lse = near.out[:, :, 0].contiguous(), near.lse[:, :, 0].contiguous()
+        parts = [
+            StepPart(
+                x.centres, x.bias, x.heads, (x.cache["lse"], x.cache["key"], x.cache["rows"]), x.cache.get("kept"),
+                x.key, x.value, x.read,
+            )
+            for x in asked
+        ]  # fmt: skip
+        compiled_step(query[:, :, 0], out, lse, parts, place, scale)
+        return AttentionState(out[:, :, None], lse[:, :, None])
+    far = [
+        x.stream.attend(
+            x.cache, query.index_select(1, x.heads), x.key, x.value, x.read, x.centres, x.bias, number, scale
+        )
+        for x in asked
+    ]
+    heads = torch.cat([x.heads for x in asked])
+    joint = merge_states(
+        AttentionState(near.out.index_select(1, heads), near.lse.index_select(1, heads)),
+        AttentionState(torch.cat([x.out for x in far], 1), torch.cat([x.lse for x in far], 1)),
+    )
+    return AttentionState(
+        near.out.index_copy(1, heads, joint.out.to(near.out.dtype)), near.lse.index_copy(1, heads, joint.lse)
+    )

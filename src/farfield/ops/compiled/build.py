@@ -208,7 +208,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "farfield_expand": [ctypes.POINTER(Expansion)],
         "farfield_expand_backward": [ctypes.POINTER(Expansion)],
         "farfield_advance": [ctypes.POINTER(Advance)],
-        "farfield_step_expansion": [ctypes.POINTER(ExpansionStep)],
+        "farfield_step_expansions": [ctypes.POINTER(ExpansionStep), ctypes.c_int64, ctypes.c_int64],
         "farfield_size": [number],
     }
     try:

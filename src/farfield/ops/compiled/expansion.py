@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from farfield.ops.compiled.build import check, library
 from farfield.ops.compiled.tiles import pointer
 from farfield.ops.memory import empty, zeros
 
-__all__ = ["Advance", "Expansion", "ExpansionStep", "advance", "expand", "expand_backward", "step"]
+__all__ = ["Advance", "Expansion", "ExpansionStep", "StepPart", "advance", "expand", "expand_backward", "step"]
 
 
 class Expansion(ctypes.Structure):
@@ -59,18 +61,38 @@ class ExpansionStep(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "query", "centres", "bias", "of_lse", "of_key", "of_rows", "kept", "keys", "values", "read", "out",
-                "lse",
+                "query", "centres", "bias", "place", "of_lse", "of_key", "of_rows", "kept", "keys", "values", "read",
+                "out", "lse",
             )
         ),
         *(
             (name, ctypes.c_int64)
-            for name in (
-                "batch", "heads", "number", "dim", "places", "place", "open", "shared", "room", "threads",
-            )
+            for name in ("batch", "heads", "all", "number", "dim", "places", "at", "open", "shared", "room")
         ),
         ("scale", ctypes.c_float),
     )  # fmt: skip
+
+
+class StepPart(NamedTuple):
+    """An expansion of some heads, for :func:`step`. Float32 on the CPU.
+
+    Attributes:
+        centres, bias: [H, C, D], [H].
+        heads: [H] which of all heads these are.
+        moments: [B, H, R, C], [.., D] and [.., D + 1, D] of a cache.
+        kept: [B, H, R, C, open] rows of keys and values, negative for none, or None where no tokens are kept.
+        keys, values: [B, Hkv, N, D], not read where none are kept.
+        read: [H] the key head of each.
+    """
+
+    centres: Tensor
+    bias: Tensor
+    heads: Tensor
+    moments: tuple[Tensor, Tensor, Tensor]
+    kept: Tensor | None
+    keys: Tensor
+    values: Tensor
+    read: Tensor
 
 
 class _Prepared:
@@ -225,35 +247,38 @@ def _rows(x: Tensor) -> Tensor:
     return x if lies and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
 
 
-def step(
-    query: Tensor,
-    centres: Tensor,
-    bias: Tensor,
-    moments: tuple[Tensor, Tensor, Tensor],
-    kept: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    read: Tensor,
-    place: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Outputs [B, H, D] and lse [B, H] of one query [B, H, D] for each head, from what a cache has at ``place``.
+def step(query: Tensor, out: Tensor, lse: Tensor, parts: Sequence[StepPart], place: int, scale: float) -> None:
+    """Merges what one query [B, H, D] of every head has of its expansion into its state, in place; in one call.
 
-    Float32 on the CPU: ``moments`` [B, H, R, C], [.., D] and [.., D + 1, D]; ``kept`` [B, H, R, C, open], or None where
-    no tokens are, and ``keys`` and ``values`` [B, Hkv, N, D], of which ``read`` [H] names the heads, are not read.
+    Args:
+        query: [B, H, D] of all heads; float32 on the CPU, as everything.
+        out, lse: [B, H, D] and [B, H], contiguous: what was seen already.
+        parts: no head in two of them.
+        place: of the caches, which has what the queries see.
+        scale: factor of the scores.
     """
     query = query.contiguous()
-    if kept is not None:
-        keys, values = keys.contiguous(), values.contiguous()
-        assert keys.dtype == values.dtype == query.dtype == torch.float32
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
-    call = ExpansionStep(
-        query=pointer(query), centres=pointer(centres), bias=pointer(bias), of_lse=pointer(moments[0]),
-        of_key=pointer(moments[1]), of_rows=pointer(moments[2]), kept=pointer(kept), keys=keys.data_ptr(),
-        values=values.data_ptr(), read=pointer(read), out=pointer(out), lse=pointer(lse), batch=query.shape[0],
-        heads=query.shape[1], number=centres.shape[1], dim=query.shape[2], places=moments[0].shape[2], place=place,
-        open=0 if kept is None else kept.shape[-1], shared=keys.shape[1], room=keys.shape[2],
-        threads=torch.get_num_threads(), scale=scale,
-    )  # fmt: skip
-    check(library().farfield_step_expansion(ctypes.byref(call)))
-    return out, lse
+    if not (out.is_contiguous() and lse.is_contiguous() and query.dtype == out.dtype == lse.dtype == torch.float32):
+        raise TypeError("the compiled step of expansions writes contiguous float32 tensors")
+    calls, held = [], []
+    for part in parts:
+        keys, values = part.keys, part.values
+        if part.kept is not None:
+            keys, values = keys.contiguous(), values.contiguous()
+            held += [keys, values]
+            if not keys.dtype == values.dtype == torch.float32:
+                raise TypeError(f"the compiled step of expansions reads float32, got {keys.dtype} and {values.dtype}")
+        calls.append(
+            ExpansionStep(
+                query=query.data_ptr(), centres=part.centres.data_ptr(), bias=part.bias.data_ptr(),
+                place=part.heads.data_ptr(), of_lse=part.moments[0].data_ptr(), of_key=part.moments[1].data_ptr(),
+                of_rows=part.moments[2].data_ptr(), kept=None if part.kept is None else part.kept.data_ptr(),
+                keys=keys.data_ptr(), values=values.data_ptr(), read=part.read.data_ptr(), out=out.data_ptr(),
+                lse=lse.data_ptr(), batch=query.shape[0], heads=len(part.heads), all=query.shape[1],
+                number=part.centres.shape[1], dim=query.shape[2], places=part.moments[0].shape[2], at=place,
+                open=0 if part.kept is None else part.kept.shape[-1], shared=keys.shape[1], room=keys.shape[2],
+                scale=scale,
+            )
+        )  # fmt: skip
+    number = len(calls)
+    check(library().farfield_step_expansions((ExpansionStep * number)(*calls), number, torch.get_num_threads()))

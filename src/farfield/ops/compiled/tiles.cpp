@@ -2126,15 +2126,17 @@ extern "C" int farfield_advance(const Advance* advance) {
   });
 }
 
-// A step of decoding: one query of every head, from the sums and the tokens kept that a cache has at one of its places.
+// A step of decoding: one query of some heads, from the sums and the tokens kept that a cache has at one of its places,
+// merged into what these heads have seen already.
 struct ExpansionStep {
-  const float *query, *centres, *bias;             // [batch, heads, D], [heads, number, D], [heads]
+  const float *query, *centres, *bias;             // [batch, all, D], [heads, number, D], [heads]
+  const int64_t* place;                            // [heads] which of all heads each is
   const float *of_lse, *of_key, *of_rows;          // [batch, heads, places, number], [.., D], [.., D + 1, D]
   const int64_t* kept;                             // [batch, heads, places, number, open]; negative: none
   const float *keys, *values;                      // [batch, shared, room, D]
   const int64_t* read;                             // [heads] the key head of each
-  float *out, *lse;                                // [batch, heads, D], [batch, heads]
-  int64_t batch, heads, number, dim, places, place, open, shared, room, threads;
+  float *out, *lse;                                // [batch, all, D], [batch, all]
+  int64_t batch, heads, all, number, dim, places, at, open, shared, room;
   float scale;
 };
 
@@ -2145,7 +2147,8 @@ struct Expanding {
 };
 
 static void step_expansion(const ExpansionStep& c, int64_t b, int64_t h, Expanding& m) {
-  const float *const query = c.query + (b * c.heads + h) * c.dim, *const centres = c.centres + h * c.number * c.dim;
+  const int64_t here = b * c.all + c.place[h];
+  const float *const query = c.query + here * c.dim, *const centres = c.centres + h * c.number * c.dim;
   m.row.clear();
   for (int64_t i = 0; i < c.number; i++) m.row.push_back(centres + i * c.dim);
   products(query, m.row, c.dim, m.score);
@@ -2158,11 +2161,11 @@ static void step_expansion(const ExpansionStep& c, int64_t b, int64_t h, Expandi
     if (near > best || near != near) best = near, own = i;
     if (near != near) break;
   }
-  const int64_t at = ((b * c.heads + h) * c.places + c.place) * c.number + own;
+  const int64_t at = ((b * c.heads + h) * c.places + c.at) * c.number + own;
   const float *const centre = centres + own * c.dim, *const key = c.of_key + at * c.dim;
   const float* const rows = c.of_rows + at * (c.dim + 1) * c.dim;
-  m.x.resize(2 * c.dim);
-  float *const x = m.x.data(), *const asked = x + c.dim;
+  m.x.resize(3 * c.dim);
+  float *const x = m.x.data(), *const asked = x + c.dim, *const far = asked + c.dim;
   float common = 0.0f;
   for (int64_t d = 0; d < c.dim; d++) {
     x[d] = (query[d] - centre[d]) * c.scale, asked[d] = query[d] * c.scale;
@@ -2179,37 +2182,47 @@ static void step_expansion(const ExpansionStep& c, int64_t b, int64_t h, Expandi
   if (n) products(asked, m.row, c.dim, m.score);
   float peak = cell;
   for (int64_t i = 0; i < n; i++) peak = m.score[i] > peak || m.score[i] != m.score[i] ? m.score[i] : peak;
-  float* const out = c.out + (b * c.heads + h) * c.dim;
-  std::fill(out, out + c.dim, 0.0f);
-  c.lse[b * c.heads + h] = NONE;
   if (peak == NONE) return;
-  float total = 0.0f;
+  float *const out = c.out + here * c.dim, total = 0.0f;
+  std::fill(far, far + c.dim, 0.0f);
   if (cell != NONE) {
     const float weight = std::exp(cell - peak);
     total = weight;
-    for (int64_t d = 0; d < c.dim; d++) out[d] = weight * (1.0f - common) * rows[c.dim * c.dim + d];
+    for (int64_t d = 0; d < c.dim; d++) far[d] = weight * (1.0f - common) * rows[c.dim * c.dim + d];
     for (int64_t i = 0; i < c.dim; i++)
-      for (int64_t d = 0; d < c.dim; d++) out[d] += weight * x[i] * rows[i * c.dim + d];
+      for (int64_t d = 0; d < c.dim; d++) far[d] += weight * x[i] * rows[i * c.dim + d];
   }
   for (int64_t i = 0; i < n; i++) {
     const float weight = std::exp(m.score[i] - peak);
     total += weight;
-    for (int64_t d = 0; d < c.dim; d++) out[d] += weight * m.value[i][d];
+    for (int64_t d = 0; d < c.dim; d++) far[d] += weight * m.value[i][d];
   }
-  for (int64_t d = 0; d < c.dim; d++) out[d] /= total;
-  c.lse[b * c.heads + h] = peak + std::log(total);
+  // Into one softmax with what was there: both in units of the larger.
+  const float lse = peak + std::log(total), before = c.lse[here], most = before > lse ? before : lse;
+  const float old = before == NONE ? 0.0f : std::exp(before - most), fresh = std::exp(lse - most);
+  for (int64_t d = 0; d < c.dim; d++) out[d] = (old * out[d] + fresh / total * far[d]) / (old + fresh);
+  c.lse[here] = most + std::log(old + fresh);
 }
 
-extern "C" int farfield_step_expansion(const ExpansionStep* step) {
+extern "C" int farfield_step_expansions(const ExpansionStep* steps, int64_t count, int64_t threads) {
   return guarded([=] {
-    const ExpansionStep& c = *step;
+    struct Task {
+      int64_t of, row;
+    };
+    std::vector<Task> tasks;
+    int64_t work = 0;
+    for (int64_t s = 0; s < count; s++) {
+      const ExpansionStep& c = steps[s];
+      work += c.batch * c.heads * (c.number + c.dim + 2 * c.open) * c.dim;
+      for (int64_t row = 0; row < c.batch * c.heads; row++) tasks.push_back({s, row});
+    }
     bool failed = false;
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)c.threads) \
-    if (c.batch * c.heads * (c.number + c.dim + 2 * c.open) * c.dim > SHORT)
-    for (int64_t i = 0; i < c.batch * c.heads; i++) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads) if (work > SHORT)
+    for (int64_t i = 0; i < (int64_t)tasks.size(); i++) {
       try {
         Expanding memory;
-        step_expansion(c, i / c.heads, i % c.heads, memory);
+        const ExpansionStep& c = steps[tasks[i].of];
+        step_expansion(c, tasks[i].row / c.heads, tasks[i].row % c.heads, memory);
       } catch (...) {
 #pragma omp atomic write
         failed = true;
