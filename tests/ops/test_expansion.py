@@ -360,7 +360,7 @@ def test_a_stream_has_the_same_sums(prompt: int, open: int, width: int, dtype: t
             Asked(stream, {name: x[:, of] for name, x in cache.items()}, centres[of], bias[of], of, k, v, read[of])
             for of in (torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5]))
         ]
-        for before in (nothing, AttentionState(got.out + 1, got.lse - 0.3)):
+        for before in (nothing, AttentionState(got.out + 1, torch.full_like(got.lse, 0.3))):
             seen = AttentionState(*(x.clone() for x in before))
             joint = with_expansions(seen, q[:, :, at : at + 1], asked, at // 4, scale)
             expected = merge_states(before, got)
