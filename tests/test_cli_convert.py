@@ -60,6 +60,13 @@ def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke
         "convert", folder, "--calibration", out / "calibration.safetensors", "--keys", 0.95, "--out",
         tmp_path / "more", "--device", "cpu",
     )  # fmt: skip
+    few = invoke(
+        "convert", folder, "--calibration", out / "calibration.safetensors", "--keys", 0.95, "--out",
+        tmp_path / "few", "--retrieval", 0.25, "--no-exact-heads", "--device", "cpu",
+    )  # fmt: skip
+    assert few.exit_code == 0 and "25% of key heads keep all tokens" in few.output, few.output
+    options = json.loads((tmp_path / "few" / "config.json").read_text())["farfield"]["options"]
+    assert options["exact"] is None
     assert more.exit_code == 0, more.output
     assert report["keys"] < json.loads((tmp_path / "more" / "conversion.json").read_text())["keys"] <= 0.95
 

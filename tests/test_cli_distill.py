@@ -158,6 +158,7 @@ def test_far_from_the_original_is_said(
         (["--against", "LARGER"], "LARGER divide text differently"),
         (["--out", "ORIGINAL"], "is not empty; give another --out"),
         (["--resume"], "holds no distillation to resume"),
+        (["--recall", "1", "--steps", "0"], "--recall 1 --steps 0: only windows to train on repeat"),
         (["--recall", "4"], "--recall 4: at most all windows to train on, --windows 3, would be accepted"),
     ],
 )
@@ -190,7 +191,9 @@ def test_some_windows_end_in_what_stood_far_before(text: Path) -> None:
     wanted, console = {"refit": 1, "train": 4, "held": 1}, Console()
 
     def taken(recall: int) -> Windows:
-        return distill._windows(tokenizer(), {text: lines}, 400, wanted, recall, 0, console)
+        found, number = distill._windows(tokenizer(), {text: lines}, 400, wanted, recall, 0, console)
+        assert number == recall
+        return found
 
     plain, some = taken(0), taken(2)
     assert [torch.equal(a, b) for a, b in zip(plain.train, some.train, strict=True)] == [False, True, False, True]
@@ -202,6 +205,9 @@ def test_some_windows_end_in_what_stood_far_before(text: Path) -> None:
         for start in (300, 332, 364):
             assert (kept == now[start : start + 32]).all(1).any()
     assert not torch.equal(some.train[0][300:], some.train[2][300:])
+    # Of a text with room for fewer, the same share.
+    short, number = distill._windows(tokenizer(), {text: lines[:9000]}, 400, {**wanted, "train": 40}, 20, 0, console)
+    assert len(short.train) < 25 and number == round(len(short.train) / 2)
 
 
 def test_windows_that_a_text_has_room_for() -> None:

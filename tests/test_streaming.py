@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import farfield as ff
+from farfield.attention import ReadyAttention
 from farfield.merge import Gate
-from farfield.parts import Inputs, NearPart, Part
-from farfield.streaming import Decoder, StackState, StreamState
+from farfield.parts import Inputs, LayerSpec, NearPart, Part
+from farfield.streaming import Decoder, StackState, StreamSpec, StreamState
 
 far, near = ff.far, ff.near
 
@@ -221,7 +222,11 @@ def test_a_stride_is_the_exception() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [*CAUSAL, "linear", "linear centred", "partition and pooled", "anchors and pooled"])
+@pytest.mark.parametrize(
+    "name",
+    [*CAUSAL, "linear", "linear centred", "partition and pooled", "anchors and pooled", "by head, one key head kept",
+     "by head, exact"],
+)  # fmt: skip
 def test_low_precision_stays_within_the_budget(name: str, dtype: torch.dtype) -> None:
     """At most twice the error that the plain forward makes in the same dtype."""
     low = build(name, dtype) if name in LAYERS and name not in CAUSAL else recipe(name, 0, dtype)
@@ -488,13 +493,40 @@ def test_no_gradients_and_no_dropout() -> None:
     torch.testing.assert_close(out, module.eval()(x).detach())
 
 
-def test_states_made_in_inference_mode_serve_outside_of_it() -> None:
-    module, x = build("fma"), torch.randn(1, 90, 16, dtype=torch.float64)
+@pytest.mark.parametrize("name", ["fma", "by head, one key head kept", "by head, exact"])
+def test_states_made_in_inference_mode_serve_outside_of_it(name: str) -> None:
+    module, x = build(name), torch.randn(2, 90, 16, dtype=torch.float64)
     with torch.inference_mode():
-        state = module.stream()
-        module.step(x[:, :30], state)
-        state = state.reorder([0]).clone()
-    torch.testing.assert_close(streamed(module, x[:, 30:], state), all_rows(module, x)[:, 30:])
+        state = module.stream(2)
+        module.step(x[:, :30], state, present=torch.ones(2, 30, dtype=torch.bool).tril(25))  # rows of two lengths
+        begun = [x[:1, :26], x[1:, :27]]
+        state = state.reorder([0, 1]).clone()
+    out = streamed(module, x[:, 30:], state)
+    for row in range(2):
+        whole = torch.cat([begun[row], x[row : row + 1, 30:]], 1)
+        torch.testing.assert_close(out[row : row + 1], all_rows(module, whole)[:, begun[row].shape[1] :])
+
+
+@pytest.mark.parametrize("name", ["fma", "by head, one key head kept", "by head, kept"])
+def test_a_state_holds_no_gradients(name: str) -> None:
+    """Also of queries, keys and values that somebody else trains."""
+    lists = far.ByHead(sinks=3, expansions=(far.Expansion.of((0, 3), (0.5, 1.0), torch.ones(2, 3, 4).cumsum(1), 5),))
+    spec = {"near": near.Blocks(8), "far": lists} if name == "by head, kept" else LAYERS[name]
+    layer = ReadyAttention(LayerSpec(16, 4, 2, 4, causal=True), **spec).double().eval()
+    decoder = Decoder(layer.near, layer.far, layer.merge, "layer")
+    for context in (torch.enable_grad, torch.inference_mode):
+        state = decoder.stream(StreamSpec(1, 4, 2, 4, 0, False, torch.float64, torch.device("cpu")))
+        for start, stop in ((0, 40), (40, 60), (60, 61)):
+            q, k, v = (torch.randn(1, h, stop - start, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+            with context():
+                decoder.step(
+                    Inputs(
+                        q=q, k=k, v=v, x=q.new_empty(1, stop - start, 0), grid=(stop - start,), causal=True, scale=0.5
+                    ),
+                    state,
+                )
+        assert not any(x.requires_grad for cache in state.caches.values() for x in cache.values())
+        copy.deepcopy(state)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -359,7 +359,7 @@ class Decoder:
             inputs: q [B, Hq, T, D], k and v [B, Hkv, T, D], T >= 1; grid (T,), causal, no mask, no segments. With a
                 rotary embedding, positions [T] or [B, T] as :func:`row_positions` gives them. ``x`` [B, T, dim] is read
                 by projections and gates only.
-            state: changed in place, as is every cache in it.
+            state: changed in place.
             present: bool [B, T], True where the row has a token. The others take no place in its sequence, wherever
                 they stand, and get 0.
 
@@ -454,7 +454,7 @@ def _rows(cache: Cache, rows: slice) -> Cache:
 
 
 def _put_rows(cache: Cache, rows: slice, part: Cache) -> None:
-    """Tensors that a step put in place of those rows, into the whole; the axis 2 that other rows do not fill is 0."""
+    """Tensors [B, H, length, ..] that a step put in place of those rows, into the whole; other rows end in zeros."""
     for name, x in part.items():
         if x.data_ptr() != cache[name][rows].data_ptr():
             cache[name] = grown(cache[name], x.shape[2])

@@ -17,7 +17,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
 
 from farfield.far import ByHead, Expansion, Pyramid  # noqa: E402 (needs what was checked above)
-from farfield.interop.transformers import StreamCache, register  # noqa: E402
+from farfield.interop.transformers import StreamCache, configure, register  # noqa: E402
 from farfield.interop.transformers.budget import allocate  # noqa: E402
 from farfield.interop.transformers.calibrate import (  # noqa: E402
     centres_of,
@@ -112,7 +112,7 @@ def test_the_allocation_is_the_best_for_what_it_spends() -> None:
 
 
 def test_few_groups_of_heads_have_what_is_set_apart() -> None:
-    """Never more than asked; those that gain most; the best that there is for what it spends at its price."""
+    """Never more than asked, those that gain most; with budget for all of them, more of them lose less."""
     keys = torch.tensor([1.0, 2.0, 4.0, 5.0])
     errors = torch.rand(4, 2, 4) * torch.tensor([8.0, 6.0, 1.0, 0.0])[:, None, None]
     errors[:2, 0, :2] = 20.0  # one group needs what is set apart
@@ -217,6 +217,8 @@ def test_what_centres_keep_is_counted() -> None:
     assert kept_vectors(some, 2, 1, 900) == 2 * (3 + 16 + 3 * 16) + 3 * (8 + 2 + 6)
     assert kept_vectors(some, 2, 1, 40) == 2 * (3 + 16 + 29) + 3 * (8 + 2 + 6)  # all that are far
     opened = Parts(Blocks(8), ByHead((((0,), SMALL[1]),), expansions=(keeping,)))
+    # Of two key heads each keeps as much as the one with more.
+    assert kept_vectors(some, 2, 2, 900) == 2 * 2 * (3 + 16 + 3 * 16) + 3 * (8 + 2 + 6)
     assert kept_vectors(opened, 2, 1, 900) == 2 * 900 + 2 * 225 + 3 * (8 + 2 + 6)
 
 
@@ -506,10 +508,23 @@ def test_heads_that_nothing_else_suits_stay_exact() -> None:
         elsewhere = [h for group in made.options["layers"][layer] for h in group["heads"]]
         elsewhere += [h for x in (made.options.get("expansions") or [[], []])[layer] for h in x["heads"]]
         assert not set(row) & set(elsewhere)
-    _, none = small(calibration=kept, keys=0.55, retrieval=0.0)
-    assert "exact" not in none.options
+    for declined in ({"retrieval": 0.0}, {"exact_heads": False}):
+        _, none = small(calibration=kept, keys=0.55, **declined)
+        assert "exact" not in none.options
+    # A cache of states, and one of all keys in a model whose heads are all exact or see near tokens alone.
+    ids = tokens(1, 160)
     with torch.no_grad():
-        assert model(tokens(1, 160)).logits.isfinite().all()
+        whole = model(ids).logits
+        cache = StreamCache(model)
+        pieces = [model(ids[:, a:b], **{ARGUMENT: cache}).logits for a, b in ((0, 100), (100, 101), (101, 160))]
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+        configure(model, "converted", block=8, sinks=3, layers=[[], []], exact=[[3], [0, 2]])
+        whole = model(ids).logits
+        first = model(ids[:, :100], use_cache=True)
+        second = model(
+            ids[:, 100:], use_cache=True, **{ARGUMENT: getattr(first, ARGUMENT, None) or first.past_key_values}
+        )
+        torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_few_key_heads_keep_all_tokens() -> None:
@@ -533,8 +548,12 @@ def test_few_key_heads_keep_all_tokens() -> None:
     _, made = small(calibration=kept, keys=0.9, retrieval=0.5, dense_layers=(1,))
     assert made.options["layers"] == [[], "dense"] and made.report["retrieval"] == 0.5
     for share, message in ((1.5, "a share of key heads"), (0.4, r"at least 0\.500 would be accepted")):
-        with pytest.raises(ValueError, match=message):
-            small(calibration=kept, keys=0.9, retrieval=share, dense_layers=(1,))
+        with pytest.raises(ValueError, match=message):  # before anything is calibrated
+            convert(make("Llama"), [], keys=0.9, retrieval=share, dense_layers=(1,))
+    with pytest.raises(ValueError, match="nothing is offered"):
+        small(
+            calibration=replace(kept, menu=(Keeps(5, 12),) * len(kept.menu)), keys=0.9, centres=(3,), exact_heads=False
+        )
 
 
 def test_an_expansion_helps_and_can_be_left_out() -> None:
@@ -587,6 +606,9 @@ def test_a_bound_is_kept_and_dense_layers_stay_exact() -> None:
     model, made = small(error=1e-9, dense_layers=(1,))
     assert made.options["layers"][1] == "dense"
     assert made.report["layers"][1] == {"keys": 1.0, "error": 0.0, "settings": [-1] * 4}
+    assert sum(x["error"] for x in made.report["layers"]) <= 1e-9
+    _, looser = small(error=0.05, dense_layers=(1,))
+    assert 0 < sum(x["error"] for x in looser.report["layers"]) <= 0.05
     ids = tokens(1, 160)
     expected = answer(make("Llama"), "eager", input_ids=ids)
     got = answer(model, "farfield", input_ids=ids)

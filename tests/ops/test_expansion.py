@@ -336,7 +336,7 @@ def test_a_stream_keeps_the_first_of_equal_keys(prompt: int) -> None:
         got = stream.attend(cache, q[:, :, at : at + 1], k, v, read, centres, bias, at // 4, 0.2)
         torch.testing.assert_close(got.out[:, :, 0], whole.out[:, :, at], rtol=1e-4, atol=1e-5)
         if (at + 1) % 4 == 0:
-            stream.close(cache, at // 4, k[:, :, : at + 1], v[:, :, : at + 1], read, centres, 0.2)
+            stream.close(cache, at // 4, k[:, :, : at + 1], v[:, :, : at + 1], read, centres, 0.2, 0)
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 4, 11, 90, 151])
@@ -426,7 +426,21 @@ def test_a_stream_reads_tokens_however_they_lie(open: int) -> None:
     for keys, values in ((k.contiguous(), v.contiguous()), room, turned, (k, v)):
         cache = stream.empty(2, centres, torch.float32, torch.device("cpu"))
         for number in range(5):
-            stream.close(cache, number, keys, values, read, centres, 0.2)
+            stream.close(cache, number, keys, values, read, centres, 0.2, 0)
         found.append(list(cache.values()))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
     assert found[0][0].isfinite().all()
+
+
+def test_what_the_compiled_step_would_misread_is_refused() -> None:
+    q, k, v, centres, bias = case(40, 32, torch.float32)
+    stream, read = ExpansionStream(8, 3, open=6), torch.arange(6) // 3
+    cache = stream.empty(2, centres, torch.float32, torch.device("cpu"))
+    stream.fill(cache, k, v, read, centres, 0.2)
+    state = AttentionState(torch.zeros(2, 6, 1, 32), torch.full((2, 6, 1), -torch.inf))
+    for name in ("lse", "kept"):
+        strided = {**cache, name: torch.stack([cache[name]] * 2, -1)[..., 0]}
+        asked = [Asked(stream, strided, centres, bias, torch.arange(6), k, v, read)]
+        if compiled.why_not() is None:
+            with pytest.raises(TypeError, match="contiguous"):
+                with_expansions(state, q[:, :, :1], asked, 4, 0.2)

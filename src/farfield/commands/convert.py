@@ -64,9 +64,10 @@ def convert_command(
             min=0.0,
             max=1.0,
             help="Most key heads that may keep all tokens when decoding, as a share; of others the last blocks are "
-            "kept, and what centres keep.",
+            "kept, and what centres keep (--centres).",
         ),
     ] = None,
+    exact_heads: Annotated[bool, typer.Option(help="Offer every head to see all tokens exactly.")] = True,
     recall_weight: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="How much ends that repeat count, beside plain text.")
     ] = 0.5,
@@ -108,8 +109,8 @@ def convert_command(
     with Stages(console) as told:
         conversion = convert(
             pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact, max_share=share,
-            retrieval=retrieval, centres=numbers, recall_weight=recall_weight, recall=recall, queries=queries,
-            seed=seed,
+            retrieval=retrieval, exact_heads=exact_heads, centres=numbers, recall_weight=recall_weight,
+            recall=recall, queries=queries, seed=seed,
             progress=lambda stage, done, total: told(stage, done / total, f"{done} of {total}"),
         )  # fmt: skip
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])

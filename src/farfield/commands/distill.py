@@ -113,6 +113,8 @@ def distill_command(
         )  # fmt: skip
     if recall > windows:
         raise ValueError(f"--recall {recall}: at most all windows to train on, --windows {windows}, would be accepted")
+    if recall and tune is None:
+        raise ValueError(f"--recall {recall} --steps 0: only windows to train on repeat; leave out one of them")
     if tune is None and not refit:
         raise ValueError("--no-refit --steps 0: nothing is left to do; leave out one of them")
     _check_out(out, resume)
@@ -125,7 +127,7 @@ def distill_command(
     if ours.tokenizer(sample).input_ids != theirs.tokenizer(sample).input_ids:
         raise ValueError(f"the tokenizers of {converted} and {against} divide text differently; one model is needed")
     wanted = {"refit": refit_windows if refit else 0, "train": windows if tune else 0, "held": held_out}
-    spans = _windows(ours.tokenizer, contents, length, wanted, recall, seed, console)
+    spans, repeats = _windows(ours.tokenizer, contents, length, wanted, recall, seed, console)
     work = Distillation(ours.model, theirs.model, spans, tune, target=refit_target)
     settings = {
         "converted": converted.name,
@@ -133,7 +135,7 @@ def distill_command(
         "texts": [path.name for path in text],
         "length": length,
         "windows": {"refit": len(spans.refit), "train": len(spans.train), "held": len(spans.held)},
-        "recall": recall if tune else 0,
+        "recall": repeats,
         "refit": refit_target if refit else None,
         "training": None if tune is None else {k: v for k, v in vars(tune).items() if k not in _ENDS},
         "fingerprint": _fingerprint(ours.model, theirs.model, spans),
@@ -183,10 +185,11 @@ def _windows(
     recall: int,
     seed: int,
     console: Console,
-) -> Windows:
+) -> tuple[Windows, int]:
     """So many windows of each text for every use; those to judge by are from where the others end.
 
-    Of those to train on, ``recall`` of each text, equally far apart, end in what stood far before.
+    Of those to train on, ``recall`` of each text, equally far apart, end in what stood far before, or the same share
+    where a text has fewer. How many these are comes with them.
     """
     import torch
 
@@ -194,7 +197,7 @@ def _windows(
     from farfield.interop.transformers.distill import Windows
 
     found: dict[str, list[Tensor]] = {use: [] for use in wanted}
-    generator = torch.Generator().manual_seed(seed)
+    generator, repeated = torch.Generator().manual_seed(seed), 0
     for path, content in contents.items():
         begin, end = texts.apart(content, length, wanted["held"])
         for shift, (use, number) in enumerate(wanted.items()):
@@ -208,11 +211,12 @@ def _windows(
                 )
             taken = texts.spread(tokenizer, part, length, possible, seed + shift, name)
             if use == "train":
-                repeats = min(recall, possible)
+                repeats = round(recall * possible / number)
+                repeated += repeats
                 for place in (i * possible // repeats for i in range(repeats)):
                     taken[place], _ = texts.repeating(taken[place], generator)
             found[use] += taken
-    return Windows(**found)
+    return Windows(**found), repeated
 
 
 def _rest(path: Path) -> str:

@@ -191,7 +191,7 @@ def _print(console: Console, names: list[str], rows: list[_Row], keys: list[list
     console.print(table)
     if not keys:
         return
-    hidden = Table(title="passkey: digits right (whole keys right), nats per digit")
+    hidden = Table(title="passkey: digits right (whole keys right), nats per token")
     for column in ("tokens", "depth", *names):
         hidden.add_column(column, justify="right")
     for at_length in keys:

@@ -15,7 +15,7 @@ from farfield.geometry import integers, per_axis
 from farfield.near.blocks import Blocks, near_state
 from farfield.near.dense import DenseModule
 from farfield.ops.cache import Cache
-from farfield.ops.expansion import expansion_state
+from farfield.ops.expansion import evenly_read, expansion_state
 from farfield.ops.state import AttentionState
 from farfield.parts import FarPart, Inputs, LayerSpec, OutputModule, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
@@ -31,7 +31,7 @@ class ByHead(FarPart):
     """Groups of query heads, each with its own :class:`farfield.far.Pyramid`, beside one near field of blocks.
 
     Heads differ in how much of the context they read and how sharply, so equal settings for all of them waste keys on
-    some and starve others. A head that is in no group sees the near field and the sinks only. Needs
+    some and starve others. A head that is in nothing of this sees the near field and the sinks only. Needs
     ``near=Blocks(...)`` and ``merge="softmax"``. Causal-safe where its pyramids are.
 
     Args:
@@ -333,11 +333,5 @@ def _check_expansion(expansion: Expansion, spec: LayerSpec) -> None:
 
 
 def _key_heads(heads: list[int], group: int) -> list[int]:
-    """The key heads of a selection, so that consecutive query heads share them evenly.
-
-    Each once where all of them are read by equally many consecutive query heads; otherwise one for every query head.
-    """
-    read = [head // group for head in heads]
-    once = list(dict.fromkeys(read))
-    times = len(read) // len(once)
-    return once if read == [head for head in once for _ in range(times)] else read
+    """The key heads of a selection, so that consecutive query heads share them evenly."""
+    return evenly_read([head // group for head in heads])

@@ -192,9 +192,8 @@ class Home:
             for sums in self.expansions
             if sums.stream.open
         ]
-        kept = compact(key, value, lists)
-        for name, x in zip(("kept/keys", "kept/values"), kept, strict=True):
-            cache[name] = x.to(cache[name].dtype)
+        dtype = cache["kept/keys"].dtype
+        cache["kept/keys"], cache["kept/values"] = compact(key.to(dtype), value.to(dtype), lists)
 
 
 def homes_of(

@@ -1,7 +1,8 @@
 """What streaming operators have in common: buffers of recent tokens, and attention of a few queries over a buffer.
 
 A *cache* is a dict of tensors whose first axis is the batch. It is written in place, so a view of some of its rows is
-a cache of those rows. A *ring* is a buffer [B, H, S, D] in which the token at position i lies at place i % S.
+a cache of those rows; only a tensor whose length hangs on what the tokens are is replaced by another. A *ring* is a
+buffer [B, H, S, D] in which the token at position i lies at place i % S.
 """
 
 from __future__ import annotations

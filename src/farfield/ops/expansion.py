@@ -41,7 +41,8 @@ from farfield.ops.state import AttentionState, merge_states, state_from_scores
 from farfield.ops.tiles import Store, compute_dtype
 
 __all__ = [
-    "Asked", "ExpansionStream", "Moments", "expansion_state", "moments_of", "nearest", "sift", "with_expansions",
+    "Asked", "ExpansionStream", "Moments", "evenly_read", "expansion_state", "moments_of", "nearest", "sift",
+    "with_expansions",
 ]  # fmt: skip
 
 RUN = 16
@@ -67,6 +68,16 @@ class Moments(NamedTuple):
     def map(self, function: object) -> Moments:
         """``function`` of each of the three."""
         return Moments(*(function(x) for x in self))  # type: ignore[operator]
+
+
+def evenly_read(read: list[int]) -> list[int]:
+    """Key heads for heads that read these, so that consecutive heads share them evenly.
+
+    Each once where all are read by equally many consecutive heads; otherwise one for every head.
+    """
+    once = list(dict.fromkeys(read))
+    times = len(read) // len(once)
+    return once if read == [head for head in once for _ in range(times)] else read
 
 
 def nearest(query: Tensor, centres: Tensor) -> Tensor:
@@ -493,7 +504,7 @@ class ExpansionStream:
 
     def close(
         self, cache: Cache, number: int, key: Tensor, value: Tensor, read: Tensor, centres: Tensor, scale: float,
-        first: int = 0,
+        first: int,
     ) -> None:  # fmt: skip
         """Adds the block before block ``number``, once that has its last token: the next one sees it as far.
 
@@ -531,7 +542,8 @@ class ExpansionStream:
                 block=self.block, sinks=self.sinks, before=before, first=first, last=last,
             )  # fmt: skip
             return
-        key, value = key.index_select(1, read), value.index_select(1, read)
+        once = torch.tensor(evenly_read(read.tolist()), device=key.device)
+        key, value = key.index_select(1, once), value.index_select(1, once)
         carry, done = self._at(cache, first), first
         while done < last:
             # Those whose sums nobody will ask for may come together.

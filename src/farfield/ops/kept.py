@@ -45,6 +45,6 @@ def compact(key: Tensor, value: Tensor, lists: Sequence[tuple[Tensor, Tensor]]) 
         moved = place[row, read[:, None], listed.clamp(min=0)]
         kept.copy_(moved.masked_fill_(listed == EMPTY, EMPTY).view_as(kept))
     # Normal tensors even in inference mode: later steps outside of it may write to them.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         index = order[..., None].expand(-1, -1, -1, key.shape[3])
         return key.gather(2, index), value.gather(2, index)

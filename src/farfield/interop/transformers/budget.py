@@ -27,9 +27,10 @@ def allocate(
     """One setting for every head, least in error under a budget, or least in keys under a bound on the error.
 
     Every head takes the setting with the least ``error + price * keys``. The price is the lowest that keeps the budget
-    (or the highest that keeps the bound), found by bisection, so the result lies on the lower convex hull of what can
-    be had, within one head's step of the optimum; what of a budget is left then goes to single heads, first where it
-    buys most for its keys.
+    (or the highest that keeps the bound), found by bisection: what it gives lies on the lower convex hull of what can
+    be had, within one head's step of the optimum. What of a budget is left then goes to single heads, first where it
+    buys most for its keys; nothing is taken back for it. With a limit on groups neither holds, as which groups gain
+    most hangs on the price.
 
     Args:
         errors: [S, L, H] the error of each setting in each head of each layer.

@@ -7,6 +7,7 @@ reads the whole context and errs nowhere.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ def convert(
     dense_layers: Sequence[int] = (),
     max_share: int | None = None,
     retrieval: float | None = None,
+    exact_heads: bool = True,
     menu: Sequence[Setting] | None = None,
     block: int = BLOCK,
     sinks: int = SINKS,
@@ -83,6 +85,7 @@ def convert(
         retrieval: most key heads that may keep all their tokens when decoding, as a share of all of them, those of
             layers that stay exact among them: cells are opened by the heads that read these alone. Others keep the last
             blocks and what centres keep (``centres``), which does not grow with the context. None for no limit.
+        exact_heads: offer every head to see all tokens exactly.
         centres: offer expansions about so many centres of each head's queries (:class:`farfield.far.Expansion`): those
             that keep tokens as settings of their own, and, about the fewest, one of everything far beside every other
             setting. Empty for no expansions. With a calibration, some of its numbers; beside other settings it knows
@@ -106,6 +109,7 @@ def convert(
     dense = sorted(set(dense_layers))
     if any(not 0 <= layer < number for layer in dense):
         raise ValueError(f"dense layers {dense}: the model has layers 0 to {number - 1}")
+    each, most = _retrieval(model, retrieval, number, len(dense))
     if calibration is None:
         chosen = menu_for(max(map(len, windows), default=0), numbers) if menu is None else menu
         with_sinks = [replace(p, sinks=sinks) if isinstance(p, Pyramid) else p for p in chosen]
@@ -126,7 +130,12 @@ def convert(
             "none, would be accepted"
         )
     length, block, sinks = made.length, made.block, made.sinks
-    offers = _offers(made, numbers, max_share)
+    offers = _offers(made, numbers, max_share, exact_heads)
+    if not offers:
+        raise ValueError(
+            f"nothing is offered with centres={tuple(centres)}, max_share={max_share}, exact_heads=False: more of them "
+            "is needed"
+        )
     by_bias = made.weighed(recall_weight)
     plain = made.biases.index(None)
     biases = [i for i, bias in enumerate(made.biases) if bias is not None]
@@ -142,7 +151,6 @@ def convert(
     budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()))
     free = [layer for layer in range(number) if layer not in dense]
     choice = torch.full(errors.shape[1:], -1, dtype=torch.long)
-    each, most = _retrieval(model, retrieval, number, len(dense))
     if free:
         choice[free] = allocate(
             errors[:, free], read, budget=budget, bound=error, apart=torch.tensor([o.opens for o in offers]),
@@ -166,7 +174,7 @@ def convert(
         "farfield": __version__,
         "asked": {
             "keys": keys, "error": error, "dense_layers": dense, "max_share": max_share, "centres": numbers,
-            "recall_weight": recall_weight, "retrieval": retrieval,
+            "recall_weight": recall_weight, "retrieval": retrieval, "exact_heads": exact_heads,
         },
         "length": length,
         "calibration": made.effort,
@@ -215,7 +223,7 @@ class _Offer:
         return own + (expansion_keys(self.number, dim, bounds) if self.number else 0.0)
 
 
-def _offers(made: Calibration, numbers: Sequence[int], max_share: int | None) -> list[_Offer]:
+def _offers(made: Calibration, numbers: Sequence[int], max_share: int | None, exact: bool) -> list[_Offer]:
     """The settings of a calibration that are asked for, first without, then with expansions, and to see everything."""
     few = [(i, p) for i, p in enumerate(made.menu) if _allowed(p, max_share)]
     others = [(i, p) for i, p in few if not isinstance(p, Keeps)]
@@ -224,7 +232,7 @@ def _offers(made: Calibration, numbers: Sequence[int], max_share: int | None) ->
     if fewest in numbers:
         offers += [_Offer(i, p, True, fewest) for i, p in others]
     offers += [_Offer(i, p, True) for i, p in few if isinstance(p, Keeps) and p.number in numbers]
-    return [*offers, _Offer(-1, None, False, exact=True)]
+    return [*offers, _Offer(-1, None, False, exact=True)] if exact else offers
 
 
 def _heads(model: Any) -> tuple[int, int]:
@@ -244,7 +252,7 @@ def _retrieval(model: Any, share: float | None, layers: int, dense: int) -> tupl
     if most < 0:
         raise ValueError(
             f"retrieval={share:g} with {dense} exact layers of {layers}, whose key heads keep all tokens: at least "
-            f"{dense / layers:.3f} would be accepted"
+            f"{math.ceil(1000 * dense / layers) / 1000:.3f} would be accepted"
         )
     return heads // kv_heads, most
 

@@ -213,7 +213,8 @@ class Passkey(NamedTuple):
         depth: where the key lay, 0 = at the start, 1 = at the end.
         digits: share of the key's tokens that the model ranked first, each after the right ones before it.
         keys: share of keys with all tokens right.
-        nats: mean loss of a token of the key after the right ones before it; ln 10 = 2.30 knows that it is a digit.
+        nats: mean loss of a token of the key after the right ones before it; where each digit is a token, ln 10 = 2.30
+            knows no more than that it is one.
     """
 
     length: int

@@ -128,8 +128,9 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
     """Vectors per layer that decoding at ``length`` tokens has to keep: keys, values and what choices score.
 
     All tokens of key heads whose cells are opened or that an exact head reads, of others two blocks, the sinks and what
-    centres keep; what choices score; summaries of plain pyramids; sums of expansions. What centres keep is counted
-    as if no two lists had a token in common, at most all tokens: an upper bound.
+    centres keep, as many for each as for the one with most; what choices score; summaries of plain pyramids; sums of
+    expansions. What centres keep is counted as if no two lists had a token in common, at most all that are far: an
+    upper bound.
 
     Raises:
         ValueError: for parts that are not counted.
@@ -150,7 +151,8 @@ def kept_vectors(parts: Parts, heads: int, kv_heads: int, length: int) -> int:
         for h in x.heads:
             listed[h * kv_heads // heads] += x.number * x.open
     whole = {head for head, _ in opened} | {h * kv_heads // heads for h in _exact(parts.far)}
-    total = sum(2 * (length if head in whole else near + min(far, listed[head])) for head in range(kv_heads))
+    kept = max((min(far, listed[head]) for head in range(kv_heads) if head not in whole), default=0)
+    total = 2 * (len(whole) * length + (kv_heads - len(whole)) * (near + kept))
     scored = set()
     for head, p in opened:
         sides = {block // _integer(p.rank, "rank")} | (set() if p.page is None else {_integer(p.page, "page")})

@@ -1,11 +1,11 @@
 """Settings by layer and head, as a converted model's config holds them: numbers and lists that JSON can say.
 
 ``config.farfield`` is then ``{"recipe": "converted", "options": {"block": 64, "sinks": 16, "layers": [...]}}`` with one
-entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads in no group see
-the near field and the sinks only. ``"expansions"``, where it is there, has one entry per layer too: a list of the
-fields of each :class:`farfield.far.Expansion`, ``{"heads": [..], "bias": [..], "number": 8, "centres": "<base64>",
-"open": 0}``; and ``"exact"`` lists the heads of each layer that see everything. No group has parameters, so that plain
-``from_pretrained`` reads such a model.
+entry per layer: "dense", or a list of groups ``{"heads": [0, 4], "rank": 2, "open": 64, ...}``. Heads that are named
+nowhere see the near field and the sinks only. ``"expansions"``, where it is there, has one entry per layer too: a list
+of the fields of each :class:`farfield.far.Expansion`, ``{"heads": [..], "bias": [..], "number": 8, "centres":
+"<base64>", "open": 0}``; and ``"exact"`` lists the heads of each layer that see everything. No group has parameters,
+so that plain ``from_pretrained`` reads such a model.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def configure(model: Any, recipe: str = "fma", *, dims: int = 1, prefix: int | N
     Args:
         model: a Transformers model.
         recipe: a name of `farfield.recipes`, or "converted" for settings by layer and head: options `block`, `sinks`,
-            `layers` and `expansions`, as :mod:`farfield.interop.transformers.layers` has them and a conversion chooses
-            them.
+            `layers`, `expansions` and `exact`, as :mod:`farfield.interop.transformers.layers` has them and a conversion
+            chooses them.
         dims: 1, a sequence; or 2 for a vision transformer: the recipe works over its grid of patches, whatever the size
             of the image, and class and register tokens stay exact.
         prefix: with `dims=2`, tokens before the patches, where the kind of model is not known here.

@@ -263,6 +263,11 @@ def step(query: Tensor, out: Tensor, lse: Tensor, parts: Sequence[StepPart], pla
     calls, held = [], []
     for part in parts:
         keys, values = part.keys, part.values
+        lasting = (part.centres, part.bias, *part.moments)
+        if not all(x.dtype == torch.float32 and x.is_contiguous() for x in lasting):
+            raise TypeError("the compiled step of expansions reads contiguous float32 centres, biases and sums")
+        if part.kept is not None and not part.kept.is_contiguous():
+            raise TypeError(f"the compiled step of expansions reads contiguous lists, got strides {part.kept.stride()}")
         if part.kept is not None:
             keys, values = keys.contiguous(), values.contiguous()
             held += [keys, values]

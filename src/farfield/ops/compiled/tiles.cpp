@@ -1585,14 +1585,17 @@ extern "C" int farfield_step(const Step* step) {
     const Step& c = *step;
     bool failed = false;
     int64_t keys = 0;
-    for (int64_t h = 0; h < c.heads; h++) keys += c.table[h * HEAD + OPEN] < 0 ? c.at : 4 * c.block;
+    std::vector<int64_t> order;  // those that see everything first: they take longest
+    for (const bool exact : {true, false})
+      for (int64_t h = 0; h < c.heads; h++)
+        if ((c.table[h * HEAD + OPEN] < 0) == exact) order.push_back(h), keys += exact ? c.at : 4 * c.block;
 #pragma omp parallel num_threads((int)c.threads) if (c.batch * keys * c.dim > SHORT)
     {
       StepMemory memory;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t row = 0; row < c.batch * c.heads; row++) {
         try {
-          step_row(c, row / c.heads, row % c.heads, memory);
+          step_row(c, row % c.batch, order[row / c.batch], memory);
         } catch (...) {
 #pragma omp atomic write
           failed = true;

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farfield.geometry import EMPTY
-from farfield.ops.cache import Cache, exactly, grown, join_rows, room_for, write_ring
+from farfield.ops.cache import Cache, attend_few, exactly, grown, join_rows, room_for, write_ring
 from farfield.ops.compiled import choice as compiled
 from farfield.ops.compiled.heads import step_heads
 from farfield.ops.opened.choose import top
@@ -227,15 +227,11 @@ class HeadsStream:
         near = torch.cat([torch.arange(min(self.sinks, first)), torch.arange(first, at + 1)]).to(device)
         batch, heads = query.shape[:2]
         most = max((o.open * o.page for o in self.groups), default=0)
-        before = torch.arange(min(self.sinks, first), first, device=device)  # what an exact head sees beside the near
-        most = max(most, len(before) if self.exact else 0)
         seen = torch.full((batch, heads, most), EMPTY, device=device)
         with exactly(device):
             for opens, of in self.groups.items():
                 tokens = self._tokens(cache, opens, of, at, scale)
                 seen[:, of, : tokens.shape[-1]] = tokens
-            if self.exact:
-                seen[:, list(self.exact), : len(before)] = before
             tokens = torch.cat([near.expand(batch, heads, -1), seen], -1)
             own = torch.tensor([self.key_head(head) for head in range(heads)], device=device)
             rows = torch.arange(batch, device=device)[:, None, None]
@@ -243,7 +239,16 @@ class HeadsStream:
             scores = (key @ query[:, :, 0, :, None].to(wide)).squeeze(-1) * scale
             scores = scores.masked_fill(tokens == EMPTY, -torch.inf)
             state = state_from_scores(scores[:, :, None], value)
-            return AttentionState(state.out.to(query.dtype), state.lse)
+            out, lse = state.out.to(query.dtype), state.lse
+            for head in self.exact:  # one at a time: its keys and values are read where they lie
+                span = slice(self.key_head(head), self.key_head(head) + 1), slice(0, at + 1)
+                whole = attend_few(
+                    query[:, head : head + 1], *(cache[name][:, span[0], span[1]] for name in ("keys", "values")),
+                    scale=scale, dtype=wide,
+                )  # fmt: skip
+                assert isinstance(whole, AttentionState)
+                out[:, head : head + 1], lse[:, head : head + 1] = whole
+            return AttentionState(out, lse)
 
     def _tokens(self, cache: Cache, opens: Opens, heads: list[int], at: int, scale: float) -> Tensor:
         """[B, heads, open page] tokens that heads open, ``EMPTY`` where there are fewer."""
