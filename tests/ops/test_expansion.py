@@ -357,8 +357,8 @@ def test_a_stream_has_the_same_sums(prompt: int, open: int, width: int, dtype: t
         # All heads in one call, into what they have seen already: nothing, and more of the same.
         nothing = AttentionState(torch.zeros_like(got.out), torch.full_like(got.lse, -torch.inf))
         asked = [
-            Asked(stream, {name: x[:, of] for name, x in cache.items()}, centres[of], bias[of], of, k, v, read[of])
-            for of in (torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5]))
+            Asked(stream, {n: x[:, of] for n, x in cache.items()}, centres[of], bias[of], tuple(of), k, v, read[of])
+            for of in ([1, 4], [0, 2, 3, 5])
         ]
         for before in (nothing, AttentionState(got.out + 1, torch.full_like(got.lse, 0.3))):
             seen = AttentionState(*(x.clone() for x in before))
@@ -440,7 +440,7 @@ def test_what_the_compiled_step_would_misread_is_refused() -> None:
     state = AttentionState(torch.zeros(2, 6, 1, 32), torch.full((2, 6, 1), -torch.inf))
     for name in ("lse", "kept"):
         strided = {**cache, name: torch.stack([cache[name]] * 2, -1)[..., 0]}
-        asked = [Asked(stream, strided, centres, bias, torch.arange(6), k, v, read)]
+        asked = [Asked(stream, strided, centres, bias, tuple(range(6)), k, v, read)]
         if compiled.why_not() is None:
             with pytest.raises(TypeError, match="contiguous"):
                 with_expansions(state, q[:, :, :1], asked, 4, 0.2)

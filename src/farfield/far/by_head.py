@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from farfield.far.by_head_stream import Home, homes_of, index_of, joined, shares_tokens, take, within
+from farfield.far.by_head_stream import Home, homes_of, shares_tokens, within
 from farfield.far.expansion import Expansion
 from farfield.far.pyramid import Pyramid
 from farfield.geometry import integers, per_axis
@@ -16,6 +16,7 @@ from farfield.near.blocks import Blocks, near_state
 from farfield.near.dense import DenseModule
 from farfield.ops.cache import Cache
 from farfield.ops.expansion import evenly_read, expansion_state
+from farfield.ops.heads import index_of, merge_heads, take
 from farfield.ops.state import AttentionState
 from farfield.parts import FarPart, Inputs, LayerSpec, OutputModule, Part, by_segment
 from farfield.streaming import StreamModule, StreamSpec
@@ -189,13 +190,13 @@ class _ByHead(OutputModule, StreamModule):
             part(self._of_heads(inputs, heads, kv_heads))
             for heads, kv_heads, part in zip(self.heads, self.kv_heads, self.parts, strict=True)
         ]
-        return joined(self._all_heads(inputs), far, [head for heads in self.heads for head in heads])
+        return merge_heads(self._all_heads(inputs), far, tuple(head for heads in self.heads for head in heads))
 
     def _all_heads(self, inputs: Inputs) -> AttentionState:
         """What needs no group: the near field and the expansions."""
         near = near_state(inputs, self.block, self.options.sinks or 0)
         states = [self._expansion(inputs, x) for x in self.options.expansions]
-        return joined(near, states, [head for x in self.options.expansions for head in x.heads])
+        return merge_heads(near, states, tuple(head for x in self.options.expansions for head in x.heads))
 
     def _expansion(self, inputs: Inputs, expansion: Expansion) -> AttentionState:
         """Everything far, for the heads that have this expansion."""
@@ -301,7 +302,7 @@ class _ByHead(OutputModule, StreamModule):
             assert isinstance(of_group, AttentionState)
             far.append(of_group)
             index += heads
-        state = joined(common, far, index)
+        state = merge_heads(common, far, tuple(index))
         return state if need_lse else state.out
 
     def extra_repr(self) -> str:
@@ -315,8 +316,7 @@ def _in_order(homes: tuple[Home, ...], states: list[AttentionState]) -> Attentio
         return states[0]
     heads = [head for home in homes for head in home.heads]
     index = index_of(tuple(heads.index(head) for head in range(len(heads))), states[0].out.device)
-    out, lse = (torch.cat(x, 1).index_select(1, index) for x in zip(*states, strict=True))
-    return AttentionState(out, lse)
+    return AttentionState(*(torch.cat(x, 1).index_select(1, index) for x in zip(*states, strict=True)))
 
 
 def _check_expansion(expansion: Expansion, spec: LayerSpec) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,12 +20,13 @@ from farfield.far.pyramid import Pyramid
 from farfield.geometry import per_axis
 from farfield.ops.cache import Cache, join_rows
 from farfield.ops.expansion import Asked, ExpansionStream, with_expansions
+from farfield.ops.heads import index_of, take
 from farfield.ops.kept import compact
 from farfield.ops.multipole.stream import MultipoleStream, Weights
 from farfield.ops.opened.heads import HeadsStream, Opens
-from farfield.ops.state import AttentionState, merge_states
+from farfield.ops.state import AttentionState
 
-__all__ = ["Home", "homes_of", "index_of", "joined", "shares_tokens", "take", "within"]
+__all__ = ["Home", "homes_of", "shares_tokens", "within"]
 
 Tokens = tuple[Tensor, Tensor, Tensor]
 """Queries [B, Hq, T, D], keys and values [B, Hkv, T, D] of a layer, rotated."""
@@ -162,7 +162,7 @@ class Home:
             centres, bias = sums.options.on(device)
             found.append(
                 Asked(
-                    sums.stream, sums.of(cache), centres, bias, index_of(sums.heads, device), where[name + "keys"],
+                    sums.stream, sums.of(cache), centres, bias, sums.heads, where[name + "keys"],
                     where[name + "values"], index_of(sums.read, device),
                 )
             )  # fmt: skip
@@ -243,41 +243,6 @@ def homes_of(
                 number += 1
         homes.append(Home(own, tuple(key_heads), stream, tuple(summed)))
     return tuple(homes)
-
-
-def joined(near: AttentionState, far: list[AttentionState], heads: list[int]) -> AttentionState:
-    """The far fields of some heads, one after the other of ``heads``, merged into the near field of these heads."""
-    if not far:
-        return near
-    every = far[0]
-    if len(far) > 1:
-        every = AttentionState(torch.cat([x.out for x in far], 1), torch.cat([x.lse for x in far], 1))
-    if heads == list(range(near.out.shape[1])):  # every head in its place: nothing to pick and put back
-        return merge_states(near, every)
-    index = index_of(tuple(heads), near.out.device)
-    joint = merge_states(AttentionState(near.out.index_select(1, index), near.lse.index_select(1, index)), every)
-    return AttentionState(
-        near.out.index_copy(1, index, joint.out.to(near.out.dtype)), near.lse.index_copy(1, index, joint.lse)
-    )
-
-
-def take(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    """[B, H, N, D] -> the heads of these numbers."""
-    if heads == tuple(range(x.shape[1])):
-        return x
-    return x.index_select(1, index_of(heads, x.device))
-
-
-def index_of(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """The numbers on a device; kept, except while tracing, since a step of decoding has little else to do."""
-    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
-    return (_kept_index.__wrapped__ if traced else _kept_index)(heads, device)
-
-
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _kept_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(heads, device=device)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from farfield.ops.cache import Cache, exactly
 from farfield.ops.compiled import choice as compiled
 from farfield.ops.compiled.expansion import StepPart, advance, expand, expand_backward
 from farfield.ops.compiled.expansion import step as compiled_step
+from farfield.ops.heads import index_of, merge_heads, take
 from farfield.ops.listed import attend_lists
 from farfield.ops.opened.choose import top
 from farfield.ops.state import AttentionState, merge_states, state_from_scores
@@ -638,7 +639,7 @@ class Asked(NamedTuple):
     Attributes:
         stream, cache: of it.
         centres, bias: [H, C, D], [H].
-        heads: [H] which of all heads these are.
+        heads: which of all heads these are.
         key, value, read: what the centres keep, as :meth:`ExpansionStream.attend` takes it.
     """
 
@@ -646,7 +647,7 @@ class Asked(NamedTuple):
     cache: Cache
     centres: Tensor
     bias: Tensor
-    heads: Tensor
+    heads: tuple[int, ...]
     key: Tensor
     value: Tensor
     read: Tensor
@@ -669,24 +670,15 @@ def with_expansions(
         out, lse = near.out[:, :, 0].contiguous(), near.lse[:, :, 0].contiguous()
         parts = [
             StepPart(
-                x.centres, x.bias, x.heads, (x.cache["lse"], x.cache["key"], x.cache["rows"]), x.cache.get("kept"),
-                x.key, x.value, x.read,
+                x.centres, x.bias, index_of(x.heads, query.device),
+                (x.cache["lse"], x.cache["key"], x.cache["rows"]), x.cache.get("kept"), x.key, x.value, x.read,
             )
             for x in asked
         ]  # fmt: skip
         compiled_step(query[:, :, 0], out, lse, parts, place, scale)
         return AttentionState(out[:, :, None], lse[:, :, None])
     far = [
-        x.stream.attend(
-            x.cache, query.index_select(1, x.heads), x.key, x.value, x.read, x.centres, x.bias, number, scale
-        )
+        x.stream.attend(x.cache, take(query, x.heads), x.key, x.value, x.read, x.centres, x.bias, number, scale)
         for x in asked
     ]
-    heads = torch.cat([x.heads for x in asked])
-    joint = merge_states(
-        AttentionState(near.out.index_select(1, heads), near.lse.index_select(1, heads)),
-        AttentionState(torch.cat([x.out for x in far], 1), torch.cat([x.lse for x in far], 1)),
-    )
-    return AttentionState(
-        near.out.index_copy(1, heads, joint.out.to(near.out.dtype)), near.lse.index_copy(1, heads, joint.lse)
-    )
+    return merge_heads(near, far, tuple(head for x in asked for head in x.heads))
