@@ -178,11 +178,13 @@ class _ByHead(OutputModule, StreamModule):
         kv_heads = _key_heads(list(self.options.exact), self.spec.num_heads // self.spec.num_kv_heads)
         own = self._of_heads(inputs, list(self.options.exact), kv_heads)
         index = index_of(self.options.exact, state.out.device)
-        exact = self.dense(own) if need_lse else AttentionState(self.dense.output(own), state.lse[:, index])
-        return AttentionState(
-            state.out.index_copy(1, index, exact.out.to(state.out.dtype)),
-            state.lse.index_copy(1, index, exact.lse.to(state.lse.dtype)),
-        )
+        lse = state.lse
+        if need_lse:
+            out, of_exact = self.dense(own)
+            lse = lse.index_copy(1, index, of_exact.to(lse.dtype))
+        else:
+            out = self.dense.output(own)
+        return AttentionState(state.out.index_copy(1, index, out.to(state.out.dtype)), lse)
 
     def _inexact(self, inputs: Inputs) -> AttentionState:
         """Of all heads but the exact ones."""
@@ -242,8 +244,8 @@ class _ByHead(OutputModule, StreamModule):
         if rewind not in self._homes:
             self._homes[rewind] = homes_of(
                 self.options.groups, self.options.expansions, self.options.exact, block=self.block[0],
-                sinks=self.options.sinks or 0,
-                num_heads=self.spec.num_heads, num_kv_heads=self.spec.num_kv_heads, rewind=rewind,
+                sinks=self.options.sinks or 0, num_heads=self.spec.num_heads, num_kv_heads=self.spec.num_kv_heads,
+                rewind=rewind,
             )  # fmt: skip
         return self._homes[rewind]
 

@@ -151,18 +151,14 @@ def convert(
     budget = None if keys is None else _left(keys, context(length), number, len(dense), float(read.min()))
     free = [layer for layer in range(number) if layer not in dense]
     choice = torch.full(errors.shape[1:], -1, dtype=torch.long)
+    opens = torch.tensor([o.opens for o in offers])
     if free:
-        choice[free] = allocate(
-            errors[:, free], read, budget=budget, bound=error, apart=torch.tensor([o.opens for o in offers]),
-            shared=each, most=most,
-        )  # fmt: skip
-    whole, exact = (
-        torch.tensor(x)[choice.clamp(min=0)] for x in ([o.opens for o in offers], [o.exact for o in offers])
-    )
+        choice[free] = allocate(errors[:, free], read, budget=budget, bound=error, apart=opens, shared=each, most=most)
+    whole = opens[choice.clamp(min=0)] | (choice < 0)
     options: dict[str, Any] = {"block": block, "sinks": sinks, "layers": _entries(choice, offers, dense)}
-    exact &= choice >= 0
-    if exact.any():
-        options["exact"] = [[head for head, is_exact in enumerate(row) if is_exact] for row in exact.tolist()]
+    exact = [[head for head, i in enumerate(row) if i >= 0 and offers[i].exact] for row in choice.tolist()]
+    if any(exact):
+        options["exact"] = exact
     if best is not None and any(offers[i].expansion for i in set(choice.flatten().tolist()) if i >= 0):
         chosen_bias = torch.tensor([made.biases[i] for i in biases])[best]  # [settings, layers, heads]
         options["expansions"] = [
@@ -182,7 +178,7 @@ def convert(
         # What is read where a cell that is scored by its bounds counts as two vectors.
         "vectors": float(_shares(choice, spent + (vectors - read)[choice.clamp(min=0)], context(length)).mean()),
         # Key heads all of whose tokens decoding keeps, as a share.
-        "retrieval": float((whole | (choice < 0)).unflatten(1, (-1, each)).any(-1).float().mean()),
+        "retrieval": float(whole.unflatten(1, (-1, each)).any(-1).float().mean()),
         "menu": [
             {
                 "setting": {"exact": True} if o.exact else _named(o.setting), "expansion": o.expansion,
