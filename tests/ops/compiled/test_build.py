@@ -61,6 +61,21 @@ def test_two_processes_build_at_once_and_a_third_finds_it(tmp_path: Path) -> Non
 
 
 @needs_compiler
+@pytest.mark.parametrize("part", ["engine.cpp", "vectors.h", "expansion.h"])
+def test_every_part_decides_what_is_built(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = build.compiler()
+    assert command is not None
+    here = build._key(command.split())
+    for path in build.SOURCE.parent.glob("*.[hc]*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "SOURCE", tmp_path / build.SOURCE.name)
+    assert build._key(command.split()) == here
+    with (tmp_path / part).open("a") as file:
+        file.write("// changed\n")
+    assert build._key(command.split()) != here
+
+
+@needs_compiler
 def test_a_damaged_library_is_built_again(tmp_path: Path, quick: str) -> None:
     assert run(tmp_path, CXX=quick).returncode == 0
     folder = tmp_path / "farfield"

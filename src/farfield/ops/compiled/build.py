@@ -1,7 +1,7 @@
-"""Builds tiles.cpp into a shared library on first use, keeps it in the user's cache, and loads it.
+"""Builds engine.cpp and its parts into a shared library on first use, keeps it in the user's cache, and loads it.
 
 The library has a C interface and needs nothing of torch's headers, so that it builds in seconds and outlives upgrades.
-Its name holds a hash of everything that decides its contents (source, compiler, flags, and the processor, since it is
+Its name holds a hash of everything that decides its contents (sources, compiler, flags, and the processor, since it is
 compiled for the machine at hand and homes are shared between machines) and a hash of its own bytes: a damaged one is
 built again. It is written under a temporary name and renamed, so that processes which build at once do not disturb
 each other. Nothing is loaded from a folder that others can write.
@@ -30,7 +30,7 @@ __all__ = ["Built", "check", "library", "report", "why_not"]
 
 log = logging.getLogger("farfield")
 
-SOURCE = Path(__file__).with_name("tiles.cpp")
+SOURCE = Path(__file__).with_name("engine.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SECONDS = 120
 """A compiler that takes longer is given up."""
@@ -91,7 +91,8 @@ def _processor() -> str:
 def _key(command: list[str]) -> str:
     """A hash of everything that decides what is built."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
-    parts = (SOURCE.read_text(), version, *command, *FLAGS, _processor())
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    parts = (*sources, version, *command, *FLAGS, _processor())
     return _hash("|".join(parts).encode())
 
 
@@ -127,7 +128,7 @@ def _usable(folder: Path | None) -> bool:
 
 def _kept(folder: Path, key: str) -> Path | None:
     """The library that was built before, undamaged, or None."""
-    for path in folder.glob(f"tiles-{key}-*.so"):
+    for path in folder.glob(f"engine-{key}-*.so"):
         if _own(path) and path.stem.endswith(_hash(path.read_bytes())):
             return path
         with suppress(OSError):
@@ -175,7 +176,7 @@ def _compile(words: list[str], folder: Path, key: str) -> Path:
             first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
             raise OSError(f"{shlex.join(words)} failed with exit status {done.returncode}: {first}")
         temporary.chmod(0o700)
-        path = folder / f"tiles-{key}-{_hash(temporary.read_bytes())}.so"
+        path = folder / f"engine-{key}-{_hash(temporary.read_bytes())}.so"
         os.replace(temporary, path)
     except subprocess.TimeoutExpired:
         raise OSError(f"{shlex.join(words)} took longer than {SECONDS} s") from None
