@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from farfield.ops import expansion
-from farfield.ops.compiled import choice as compiled
-from farfield.ops.expansion import Asked, ExpansionStream, expansion_state, nearest, sift, with_expansions
+from farfield.ops.compiled import build
+from farfield.ops.compiled import expansion as compiled
+from farfield.ops.expansion import Asked, ExpansionStream, api, expansion_state, nearest, sift, with_expansions
 from farfield.ops.state import AttentionState, merge_states
 
-needs_compiled = pytest.mark.skipif(compiled.why_not() is not None, reason=f"no compiled engine: {compiled.why_not()}")
+needs_compiled = pytest.mark.skipif(build.why_not() is not None, reason=f"no compiled engine: {build.why_not()}")
 
 
 def case(length: int, width: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -107,13 +107,13 @@ def test_the_compiled_engine_is_as_exact_as_torch(
         return torch.cat([got.out, got.lse[..., None]], -1)[:, :, 128:].double()
 
     calls: list[int] = []
-    real = expansion.expand
-    monkeypatch.setattr(expansion, "expand", lambda **given: (calls.append(1), real(**given))[1])
+    real = api.expand
+    monkeypatch.setattr(api, "expand", lambda **given: (calls.append(1), real(**given))[1])
     exact = run(*(x.double() for x in given))
     assert not calls
     fast = run(*given)
     assert len(calls) == 1
-    monkeypatch.setattr(expansion, "WIDTH", 1000)
+    monkeypatch.setattr(compiled, "WIDTH", 1000)
     slow = run(*given)
     assert len(calls) == 1
     for part in (slice(0, width), slice(width, None)):
@@ -159,7 +159,7 @@ def test_gradients_are_as_exact_as_those_of_torch(
         return [x.double() for x in torch.autograd.grad(total, (q, k, v))]
 
     exact, fast = run(torch.float64), run(torch.float32)
-    monkeypatch.setattr(expansion, "WIDTH", 1000)
+    monkeypatch.setattr(compiled, "WIDTH", 1000)
     for x, y, of_torch in zip(exact, fast, run(torch.float32), strict=True):
         assert 0 < (y - x).square().mean() <= 4 * (of_torch - x).square().mean()
 
@@ -441,6 +441,6 @@ def test_what_the_compiled_step_would_misread_is_refused() -> None:
     for name in ("lse", "kept"):
         strided = {**cache, name: torch.stack([cache[name]] * 2, -1)[..., 0]}
         asked = [Asked(stream, strided, centres, bias, tuple(range(6)), k, v, read)]
-        if compiled.why_not() is None:
+        if build.why_not() is None:
             with pytest.raises(TypeError, match="contiguous"):
                 with_expansions(state, q[:, :, :1], asked, 4, 0.2)

@@ -1,4 +1,4 @@
-// Everything far in one cell about a centre, and the tokens kept out of it: ops/expansion, compiled.
+// Everything far in one cell about a centre, and the tokens kept out of it: ops/expansion/, compiled.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +66,7 @@ struct Kept {
 };
 
 // Everything that lies two blocks and more before a query's block: a cell about the centre that is the query's own, and the
-// tokens that this centre keeps out of it, in one softmax; see farfield/ops/expansion.py. Sums are in units of exp(peak),
+// tokens that this centre keeps out of it, in one softmax; see farfield/ops/expansion/. Sums are in units of exp(peak),
 // the largest score so far (or, where a cache had some, of their sum): nothing hangs on later tokens.
 struct Expansion {
   const float *query, *key, *value;  // [batch, heads, N, D]; [batch, shared, N, D]

@@ -9,11 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farfield.ops.compiled.build import check, library
+from farfield.ops.compiled.build import check, library, why_not
 from farfield.ops.compiled.tiles import pointer
 from farfield.ops.memory import empty, zeros
 
-__all__ = ["Advance", "Expansion", "ExpansionStep", "StepPart", "advance", "expand", "expand_backward", "step"]
+__all__ = ["Advance", "Expansion", "ExpansionStep", "StepPart", "advance", "expand", "expand_backward", "step", "takes"]
+
+WIDTH = 32
+"""Rows have a multiple of it."""
+
+
+def takes(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the engine is there for rows [.., D] of this device, in arithmetic of this dtype."""
+    fits = rows.device.type == "cpu" and dtype == torch.float32 and rows.shape[-1] % WIDTH == 0
+    return fits and why_not() is None
 
 
 class Expansion(ctypes.Structure):
