@@ -43,7 +43,9 @@ def test_farfield_alone_imports_none_of_it() -> None:
 
 def test_registering_twice_changes_nothing() -> None:
     before = dict(transformers.AttentionInterface._global_mapping)
-    assert set(register()) == {"farfield", *(f"farfield:{name}" for name in ff.recipes.names())}
+    assert {name.partition(":")[2] for name in register()} == {"", *ff.recipes.names()} - {"flashvggt"}
+    # Transformers takes a name with this word in it for one of its own kernels.
+    assert not [name for name in register() if "flash" in name]
     assert dict(transformers.AttentionInterface._global_mapping) == before
 
 

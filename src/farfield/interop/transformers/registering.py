@@ -15,12 +15,13 @@ __all__ = ["register"]
 def register() -> tuple[str, ...]:
     """Makes `attn_implementation="farfield"` and "farfield:<recipe>" work for every model; any number of times.
 
-    The Auto classes learn farfield's own vision models, too.
+    Recipes for three dimensions alone are left out: no layer of a model has such a grid. The Auto classes learn
+    farfield's own vision models, too.
 
     Returns:
         The names.
     """
-    names = ("farfield", *(f"farfield:{recipe}" for recipe in recipes.names()))
+    names = ("farfield", *(f"farfield:{name}" for name in recipes.names() if min(recipes.get(name).dims) < 3))
     known = AttentionInterface().valid_keys()
     for name in names:
         if name not in known:
