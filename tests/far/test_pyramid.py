@@ -51,7 +51,7 @@ def shaken(module: nn.Module) -> nn.Module:
         ({"grid": (64,)}, ["'shared'", "(64,)", "work on any"]),
         ({"sinks": -1}, ["sinks=-1", ">= 0"]),
         ({"open_bias": -8.0}, ["open=0", "open_bias=-8.0", "where pages are opened"]),
-        ({"open": 2, "open_bias": "quiet"}, ["open_bias='quiet'", "a number"]),
+        ({"open": 2, "open_bias": "quiet"}, ["open_bias='quiet'", "a number", '"bias"']),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], words: list[str]) -> None:
@@ -148,7 +148,21 @@ def test_opened_tokens_can_start_quiet() -> None:
     optimizer.step()
     # The sum falls with the bias, which moves ten times as far as the rate.
     torch.testing.assert_close(module.opened_bias(), torch.full_like(module.opened_bias(), -4.1), rtol=1e-4, atol=0)
-    assert far(open=2).build_fused(SPEC, ff.near.Blocks(4)).opened_bias() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({"open": 2}, -8.0), ({"open": 2, "bias": -1.5}, -1.5), ({"open": 2, "open_bias": -3}, -3.0),
+        ({"open": 2, "open_bias": None}, None), ({"open": 2, "bias": None}, None), ({}, None),
+    ],
+)  # fmt: skip
+def test_opened_tokens_start_where_summaries_do(options: dict[str, Any], start: float | None) -> None:
+    module = ff.far.Pyramid(2, **options).build_fused(SPEC, ff.near.Blocks(4))
+    if start is None:
+        assert module.opened_bias() is None
+    else:
+        torch.testing.assert_close(module.opened_bias(), torch.full((SPEC.num_heads,), start))
 
 
 @pytest.mark.parametrize("summary", KINDS)

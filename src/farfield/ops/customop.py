@@ -1,13 +1,53 @@
-"""What custom operators share."""
+"""What custom operators and their gradients share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["one_by_one"]
+__all__ = ["differentiable_once", "one_by_one"]
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which hang on what they were made of and cannot be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(instead: str, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in tensors[:number])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.instead = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        raise RuntimeError(f"a second derivative of an operator that is differentiable once. {ctx.instead}")
+
+
+def differentiable_once(
+    make: Callable[[], Sequence[Tensor]], sources: Sequence[Tensor | None], instead: str
+) -> Sequence[Tensor]:
+    """What ``make`` returns, gradients in the backward pass of a function; to differentiate them is an error.
+
+    `torch.autograd.function.once_differentiable` lets second derivatives be 0 without a word: where they are asked for
+    by name of the inputs, in ``torch.func``, or where only a part of a loss holds a gradient.
+
+    Args:
+        make: makes them, without a graph.
+        sources: what they hang on: gradients of the outputs, and the inputs.
+        instead: what is differentiable twice, a sentence for the message.
+    """
+    with torch.no_grad():
+        made = make()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return made
+    found: tuple[Tensor, ...] = _Once.apply(instead, len(made), *made, *(x for x in sources if x is not None))
+    return found
 
 
 def one_by_one(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:

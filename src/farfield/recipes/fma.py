@@ -29,7 +29,7 @@ def _parts(
     recent: int = Pyramid.recent,
     rest: str = Pyramid.rest,
     choose: str = Pyramid.choose,
-    open_bias: float | None = Pyramid.open_bias,
+    open_bias: float | str | None = Pyramid.open_bias,
 ) -> Parts:
     far = Pyramid(
         rank,

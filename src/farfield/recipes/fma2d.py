@@ -26,6 +26,7 @@ def _parts(
     beam_share: int | None = Pyramid.beam_share,
     rest: str = Pyramid.rest,
     choose: str = Pyramid.choose,
+    open_bias: float | str | None = Pyramid.open_bias,
 ) -> Parts:
     # Without the options of sequences (sinks, rotation).
     far = Pyramid(
@@ -43,6 +44,7 @@ def _parts(
         beam_share=beam_share,
         rest=rest,
         choose=choose,
+        open_bias=open_bias,
     )
     return Parts(near=Blocks(block), far=far, merge="softmax")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from farfield.ops.customop import differentiable_once
 
 __all__ = ["ROWS", "Head", "Yardstick", "divergence", "final_states", "head_of"]
 
@@ -76,15 +77,17 @@ class _Divergence(torch.autograd.Function):
             total += _between(expected, given)
             if wanted:
                 grads += torch.autograd.grad(logits, piece, given.to(logits.dtype))
-        ctx.save_for_backward(*([torch.cat(grads)] if wanted else []))
+        ctx.save_for_backward(*([torch.cat(grads), states] if wanted else []))
         # At least float32: a sum over a window is beyond what float16 holds, and bfloat16 knows three digits of it.
         return total.to(torch.promote_types(states.dtype, torch.float32))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None, None
+        grad, states = ctx.saved_tensors
+        (found,) = differentiable_once(
+            lambda: (grad * upstream,), (upstream, states), "KL divergence from all logits at once is to any order."
+        )
+        return found, None, None, None, None
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from farfield.ops.cache import exactly
 from farfield.ops.compiled.expansion import expand, expand_backward, takes
+from farfield.ops.customop import differentiable_once
 from farfield.ops.expansion.moments import nearest
 from farfield.ops.expansion.torch import state_by_torch
 from farfield.ops.state import AttentionState
@@ -96,20 +97,27 @@ class _Expansion(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        grads = differentiable_once(
+            lambda: _Expansion.gradients(ctx, *upstream), (*upstream, query, key, value),
+            "Exact attention to what is far is to any order.",
+        )  # fmt: skip
+        return *grads, *[None] * 7
+
+    @staticmethod
+    def gradients(ctx: Any, *upstream: Tensor) -> Sequence[Tensor]:
+        """Of query, key and value."""
         query, key, value, centres, bias, own, shown, lse = ctx.saved_tensors
         how = {"block": ctx.block, "open": ctx.open, "scale": ctx.scale}
         if takes(query, centres.dtype):
             tensors = _for_compiled(query, key, value, centres, bias, own, shown)
             found = expand_backward(*upstream, lse, **tensors, **how)
-            grads = tuple(grad.to(x.dtype) for grad, x in zip(found, (query, key, value), strict=True))
-            return *grads, *[None] * 7
+            return tuple(grad.to(x.dtype) for grad, x in zip(found, (query, key, value), strict=True))
         with torch.enable_grad(), exactly(centres.device):
             query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
             again = state_by_torch(query, key, value, centres, bias, own, shown, **how)
-            grads = torch.autograd.grad(again, (query, key, value), upstream, allow_unused=True)
-        return *grads, *[None] * 7
+            return torch.autograd.grad(again, (query, key, value), upstream, materialize_grads=True)
 
 
 def _for_compiled(

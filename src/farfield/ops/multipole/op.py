@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farfield.ops.customop import one_by_one
+from farfield.ops.customop import differentiable_once, one_by_one
 from farfield.ops.multipole import engines
 from farfield.ops.multipole.settings import Result, Settings, Tensors
 from farfield.ops.tiles import compute_dtype
@@ -183,14 +183,18 @@ class Multipole(torch.autograd.Function):
         ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         """One gradient (or None) per argument of :meth:`forward`."""
         out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, *weights = ctx.saved_tensors
-        grads = multipole_backward(
-            grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, list(weights),
-            *ctx.settings,
-        )  # fmt: skip
+
+        def make() -> list[Tensor]:
+            return multipole_backward(
+                grad_out, grad_lse, out, lse, query, key, value, key_mask, cu_seqlens, level_bias, seed, list(weights),
+                *ctx.settings,
+            )  # fmt: skip
+
+        sources = (grad_out, grad_lse, query, key, value, level_bias, *weights)
+        grads = differentiable_once(make, sources, 'With impl="reference" it is to any order, in O(N²).')
         return None, *grads[:3], None, None, None if level_bias is None else grads[3], None, *grads[4:]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farfield.ops.arithmetic import arithmetic
-from farfield.ops.customop import one_by_one
+from farfield.ops.customop import differentiable_once, one_by_one
 from farfield.ops.state import AttentionState
 from farfield.ops.tiles import Dropout, Lists, Store, compute_dtype
 from farfield.ops.window.plan import Plan, check_bounds, check_fit, window_plan
@@ -208,10 +208,13 @@ class Window(torch.autograd.Function):
         ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         """One gradient (or None) per argument of :meth:`forward`."""
-        grads = window_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
+        saved = ctx.saved_tensors
+        grads = differentiable_once(
+            lambda: window_backward(grad_out, grad_lse, *saved, *ctx.settings), (grad_out, grad_lse, *saved[2:5]),
+            'With impl="reference" it is to any order, in O(N²).',
+        )  # fmt: skip
         return None, *grads, None, None, None
 
 
