@@ -152,3 +152,102 @@ def test_refusals() -> None:
     model.set_attn_implementation("farfield")
     with pytest.raises(ValueError, match="keeps no gradients"):
         model(ids, **{ARGUMENT: StreamCache(model)})
+
+
+def test_what_is_refused_leaves_the_cache_as_it_was() -> None:
+    """Learned positions, which would show a length that has moved."""
+    model, ids = small("GPT2"), tokens(2, 60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    cache = StreamCache(model)
+    with pytest.raises(ValueError, match="keeps no gradients"):
+        model(ids[:, :30], **{ARGUMENT: cache})
+    assert cache.get_seq_length() == 0
+    first = stepped(model, ids[:, :30], cache, (30,))
+    with pytest.raises(ValueError, match="rows"):
+        stepped(model, ids[:1, 30:], cache, (1,))
+    assert cache.get_seq_length() == 30
+    rest = stepped(model, ids[:, 30:], cache, (7, 1))
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=0, atol=1e-9)
+
+
+def test_a_call_that_was_refused_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small(), tokens(2, 60)
+    cache = StreamCache(model)
+    stepped(model, ids[:, :20], cache, (20,))
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("not today")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.layers[1], "attend", refuse)
+        with pytest.raises(ValueError, match="not today"):
+            stepped(model, ids[:, 20:27], cache, (7,))
+    for size in (7, 1):
+        with pytest.raises(ValueError, match="refused half-way"):
+            stepped(model, ids[:, 20 : 20 + size], cache, (size,))
+    cache.reset()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(stepped(model, ids, cache, (33, 1)), whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("before", [None, LEFT[:, :30]], ids=["all", "padded"])
+@pytest.mark.parametrize("recipe", ["fma", "dense"])
+def test_a_mask_that_changes_what_is_held_is_refused(recipe: str, before: Any) -> None:
+    model, ids, cache = small(recipe=recipe), tokens(2, 60), None
+    cache = StreamCache(model)
+    given = {} if before is None else {"attention_mask": before}
+    stepped(model, ids[:, :30], cache, (30,), **given)
+    later = torch.ones(2, 40, dtype=torch.long) if before is None else LEFT[:, :40].clone()
+    later[1, 11:14] = 0
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot hide again"):
+        model(ids[:, 30:40], attention_mask=later, use_cache=True, **{ARGUMENT: cache})
+    if before is not None:
+        with torch.no_grad(), pytest.raises(ValueError, match=r"hid \[23, 0\] .* hides none now"):
+            model(ids[:, 30:40], use_cache=True, **{ARGUMENT: cache})
+    assert cache.get_seq_length() == 30
+    given = {} if before is None else {"attention_mask": LEFT}
+    with torch.no_grad():
+        rest = model(ids[:, 30:], use_cache=True, **{ARGUMENT: cache}, **given).logits
+        whole = model(ids, use_cache=False, **given).logits[:, 30:]
+    torch.testing.assert_close(rest, whole, rtol=0, atol=1e-9)
+
+
+def test_padding_between_tokens() -> None:
+    """Places in a prefill, none in a stream: refused, but where a token sees by distance alone."""
+    mask = LEFT.clone()
+    mask[1, 20:24] = 0
+    for recipe in ("dense", "fma"):
+        model, ids = small(recipe=recipe), tokens(2, 60)
+        cache = StreamCache(model)
+        if recipe == "fma":
+            with pytest.raises(ValueError, match="padding between the tokens of a row"):
+                stepped(model, ids, cache, (40, 1), attention_mask=mask)
+            assert cache.get_seq_length() == 0
+            # At the end of a row it is none yet: a hole when a token follows.
+            mask = torch.ones(2, 60, dtype=torch.long)
+            mask[1, 20:30] = 0
+            stepped(model, ids[:, :30], cache, (30,), attention_mask=mask)
+            with torch.no_grad(), pytest.raises(ValueError, match="padding between the tokens of a row"):
+                model(ids[:, 30:31], attention_mask=mask[:, :31], use_cache=True, **{ARGUMENT: cache})
+        else:
+            with torch.no_grad():
+                whole = model(ids, attention_mask=mask, use_cache=False).logits
+            out = stepped(model, ids, cache, (40, 1), attention_mask=mask)
+            shown = mask.bool()
+            torch.testing.assert_close(out[shown], whole[shown], rtol=0, atol=60 * torch.finfo(torch.float32).eps)
+
+
+def test_held_masks_follow_rows_and_lengths() -> None:
+    model, ids = small(), tokens(2, 60)
+    cache = StreamCache(model, rewind=4)
+    stepped(model, ids[:, :40], cache, (40,), attention_mask=LEFT[:, :40])
+    cache.crop(37)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        rest = model(ids.flip(0)[:, 37:], attention_mask=LEFT.flip(0), use_cache=True, **{ARGUMENT: cache}).logits
+        whole = model(ids.flip(0), attention_mask=LEFT.flip(0), use_cache=False).logits[:, 37:]
+    torch.testing.assert_close(rest, whole, rtol=0, atol=60 * torch.finfo(torch.float32).eps)
+    with pytest.raises(ValueError, match="rewind=-1"):
+        StreamCache(model, rewind=-1)

@@ -37,8 +37,15 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**NARROW, "sliding_window": 16, "layer_types": LAYERS, "attn_logit_softcapping": None},
     ),
     "Gemma3Text": ("Gemma3ForCausalLM", {**NARROW, "sliding_window": 16, "layer_types": LAYERS}),
-}
-"""Language models: class and config. Those with sliding layers see 16 tokens there."""
+    "GPT2": (
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        },
+    ),
+}  # fmt: skip
+"""Language models: class and config. Those with sliding layers see 16 tokens there; GPT2 has learned positions."""
 
 
 def make(kind: str, **changes: Any) -> Any:

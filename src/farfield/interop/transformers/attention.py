@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,9 +79,8 @@ def attention_function(recipe: str | None) -> Attend:
         config = getattr(module, "config", None)
         causal = _causal(module, config, is_causal)
         stream = stream_of(key)
-        if stream is not None and attention_mask is not None:
-            attention_mask = attention_mask[..., -key.shape[2] :]  # of the new tokens alone
-        columns = read(attention_mask, key.shape[2])
+        # A stream hands over the new keys alone.
+        columns = read(attention_mask, key.shape[2] + (0 if stream is None else stream.length))
         key, value = key[:, :, : columns.length], value[:, :, : columns.length]
         core = _core(module, config, recipe, query, key, causal, sliding_window)
         for part in (core.near_spec, core.far_spec):
@@ -95,7 +93,7 @@ def attention_function(recipe: str | None) -> Attend:
             x=key.new_empty(key.shape[0], key.shape[2], 0),
             grid=(key.shape[2],),
             causal=causal,
-            key_mask=columns.key_mask,
+            key_mask=None if stream is not None else columns.key_mask,
             scale=scale,
             dropout=dropout,
         )
@@ -104,7 +102,7 @@ def attention_function(recipe: str | None) -> Attend:
                 raise ValueError(
                     "a StreamCache decodes causal sequences: without position_bias, packed sequences, cross attention"
                 )
-            out = stream.attend(core, replace(inputs, key_mask=None), columns.key_mask)
+            out = stream.attend(core, inputs, columns.key_mask, _counts_from_itself(core))
         elif position_bias is not None:
             _check_bias(core, dropout, columns, cu_seq_lens_q)
             out = dense_rows(inputs, position_bias[..., : columns.length])

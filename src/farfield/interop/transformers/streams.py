@@ -35,15 +35,69 @@ def _decoder(core: ReadyAttention) -> Decoder:
     return _decoders[core]
 
 
+class Held:
+    """The columns that all layers of a cache hold.
+
+    Attributes:
+        length: how many.
+        hidden: [B, length] which of them are padding; None: none.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.hidden: Tensor | None = None
+
+    def extended(self, mask: Tensor | None) -> Tensor | None:
+        """[B, N] what is hidden of held and new columns, None for nothing.
+
+        Args:
+            mask: [B, N] of all columns, True = a token; None: all of them.
+
+        Raises:
+            ValueError: for a mask of held columns that is not what it was when they came: a stream has taken in, or
+                left out, what they hold.
+        """
+        hidden = _some(None if mask is None else ~mask)
+        before = _some(None if hidden is None else hidden[:, : self.length])
+        both = before is not None and self.hidden is not None
+        if not (torch.equal(before, self.hidden) if both else before is self.hidden):  # type: ignore[arg-type]
+            old, now = ("none" if x is None else f"{x.sum(1).tolist()} (by row)" for x in (self.hidden, before))
+            raise ValueError(
+                f"the attention mask hid {old} of the {self.length} columns that a StreamCache holds, and hides {now} "
+                "now: a state cannot hide again what it has taken in. Give every call the mask of earlier calls, "
+                "extended; or use Transformers' DynamicCache"
+            )
+        return hidden
+
+    def pick(self, rows: Tensor) -> None:
+        """Keeps these rows."""
+        if self.hidden is not None:
+            self.hidden = self.hidden[rows.to(self.hidden.device)]
+
+    def crop(self, length: int) -> None:
+        """Keeps so many columns."""
+        self.length, self.hidden = length, _some(None if self.hidden is None else self.hidden[:, :length])
+
+
+def _some(hidden: Tensor | None) -> Tensor | None:
+    return hidden if hidden is not None and bool(hidden.any()) else None
+
+
+def _has_holes(hidden: Tensor) -> bool:
+    """Whether a row has padding between its tokens."""
+    begun = (~hidden).cumsum(1) > 0
+    return bool((begun & hidden)[:, :-1].logical_and(~hidden[:, 1:]).any())
+
+
 class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's part of a :class:`StreamCache`."""
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, config: Any, rewind: int = 0) -> None:
+    def __init__(self, config: Any, rewind: int, held: Held, first: bool) -> None:
         super().__init__()
-        self.config, self.rewind = config, rewind
+        self.config, self.rewind, self.held, self.first = config, rewind, held, first
         self.state: StreamState | None = None
         self.length = 0
 
@@ -65,35 +119,53 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.length += key_states.shape[2]
         key_states = key_states.view_as(key_states)
         setattr(key_states, _MARK, self)
         return key_states, value_states
 
-    def attend(self, core: ReadyAttention, inputs: Inputs, present: Tensor | None) -> Tensor:
+    def attend(self, core: ReadyAttention, inputs: Inputs, mask: Tensor | None, itself: bool) -> Tensor:
         """Takes the tokens of `inputs` in and attends from each: `[B, Hq, T, D]`.
 
+        Args:
+            core: the parts.
+            inputs: new queries, keys and values.
+            mask: [B, N] of all columns, held and new, True = a token; None for all.
+            itself: whether a token sees by distance alone, so that padding between tokens changes nothing.
+
         Raises:
-            ValueError: when the parts have no stream, with the reason; in training.
+            ValueError: when the parts have no stream, with the reason; in training; for masks that cannot be honoured.
+                Nothing has changed then.
         """
+        new, hidden = inputs.k.shape[2], self.held.hidden
+        known = self.held.length == self.length + new and not self.first
+        if not known:
+            if self.held.length != self.length:
+                raise ValueError(
+                    f"a layer of this StreamCache holds {self.length} tokens, others {self.held.length - new}: a call "
+                    "was refused half-way. reset() it and start again"
+                )
+            hidden = self.held.extended(mask)
+        if hidden is not None and not itself and _has_holes(hidden):
+            raise ValueError(
+                "padding between the tokens of a row: it takes places in a prefill and none in a stream, so that "
+                f"near={core.near_spec!r}, far={core.far_spec!r} would see other blocks than without a StreamCache; "
+                "use Transformers' DynamicCache, or 'farfield:dense'"
+            )
         if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
             raise ValueError("a StreamCache keeps no gradients: train with use_cache=False, decode in torch.no_grad()")
-        decoder = _decoder(core)
-        if self.state is None:
+        decoder, state = _decoder(core), self.state
+        if state is None:
             batch, heads, _, width = inputs.q.shape
-            self.state = decoder.stream(
-                StreamSpec(
-                    batch,
-                    heads,
-                    inputs.k.shape[1],
-                    width,
-                    self.rewind,
-                    rope=False,
-                    dtype=inputs.k.dtype,
-                    device=inputs.k.device,
-                )
+            dtype, device = inputs.k.dtype, inputs.k.device
+            spec = StreamSpec(
+                batch, heads, inputs.k.shape[1], width, self.rewind, rope=False, dtype=dtype, device=device
             )
-        return decoder.step(inputs, self.state, present)
+            state = decoder.stream(spec)
+        out = decoder.step(inputs, state, None if mask is None else mask[:, -new:])
+        if not known:
+            self.held.length, self.held.hidden = self.length + new, hidden
+        self.state, self.length = state, self.length + new
+        return out
 
     def get_seq_length(self) -> int:
         """Columns so far, padding included."""
@@ -110,6 +182,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forgets everything."""
         self.state, self.length = None, 0
+        self.held.crop(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows for the beams that go on."""
@@ -119,11 +192,13 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         """Keeps these rows."""
         if self.state is not None:
             self.state = self.state.reorder(indices)
+        if self.first:
+            self.held.pick(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row so many times."""
         if self.state is not None:
-            self.state = self.state.reorder([i for i in range(self.state.batch_size) for _ in range(repeats)])
+            self.batch_select_indices(torch.arange(self.state.batch_size).repeat_interleave(repeats))
 
     def crop(self, max_length: int) -> None:
         """Takes tokens back, as many as `rewind` allows; negative: so many, and so none for 0."""
@@ -131,6 +206,8 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         if take > 0 and self.state is not None:
             self.state.rewind(take)
             self.length -= take
+            if self.first:
+                self.held.crop(self.length)
 
     def offload(self) -> None:
         """Decode states are small: they stay."""
@@ -146,14 +223,16 @@ class StreamCache(Cache):  # type: ignore[misc]
 
     Memory and time per token are those of the recipe's stream (docs/streaming.md): with fma they grow by one level
     when the context doubles. A step gives what a prefill would. One cache serves one sequence or batch; rows may be
-    padded on the left.
+    padded on the left. The mask of later calls has to begin with that of earlier ones, and padding between the tokens
+    of a row is refused (but by exact attention), since it takes places in a prefill and none in a state. Whatever is
+    refused leaves the cache as it was.
 
     Args:
         model: whose attention is "farfield" or "farfield:<recipe>".
         rewind: tokens that `crop` may take back (assisted generation); at most a block.
 
     Raises:
-        ValueError: when the model's attention is not farfield's.
+        ValueError: when the model's attention is not farfield's; for a negative number of tokens.
     """
 
     def __init__(self, model: PreTrainedModel, rewind: int = 0) -> None:
@@ -163,7 +242,12 @@ class StreamCache(Cache):  # type: ignore[misc]
             raise ValueError(
                 f"StreamCache for attn_implementation={used!r}: register(), then set_attn_implementation('farfield')"
             )
-        super().__init__(layers=[StreamLayer(config, rewind) for _ in range(config.num_hidden_layers)])
+        if rewind < 0:
+            raise ValueError(f"StreamCache(rewind={rewind}): a number of tokens >= 0 would be accepted")
+        held = Held()
+        super().__init__(
+            layers=[StreamLayer(config, rewind, held, first=i == 0) for i in range(config.num_hidden_layers)]
+        )
 
     @property
     def nbytes(self) -> int:
