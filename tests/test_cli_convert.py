@@ -70,6 +70,12 @@ def test_converted_and_measured(folder: Path, text: Path, tmp_path: Path, invoke
     assert more.exit_code == 0, more.output
     assert report["keys"] < json.loads((tmp_path / "more" / "conversion.json").read_text())["keys"] <= 0.95
 
+    with_its_own = invoke(
+        "convert", folder, "--calibration", out / "calibration.safetensors", "--length", 300, "--seed", 4, "--out",
+        tmp_path / "own",
+    )  # fmt: skip
+    assert with_its_own.exit_code == 2 and "--length, --seed beside --calibration" in with_its_own.output
+
     plot = tmp_path / "plot.png"
     said = invoke(
         "eval", out, "--against", folder, "--text", text, "--lengths", "300x2,500", "--windows", 1, "--passkey",
@@ -108,6 +114,23 @@ def test_a_table_for_one_model(folder: Path, text: Path, invoke: Callable[..., R
     assert "original" not in said.output
 
 
+def test_a_calibration_outlives_a_bound_that_is_not_met(
+    folder: Path, text: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    out = tmp_path / "out"
+    said = invoke(
+        "convert", folder, "--text", text, "--error", 1e-9, "--no-exact-heads", "--length", 300, "--queries", 4,
+        "--out", out, "--device", "cpu",
+    )  # fmt: skip
+    assert said.exit_code == 2 and f"--calibration {out / 'calibration.safetensors'}" in said.output, said.output
+    assert [path.name for path in out.iterdir()] == ["calibration.safetensors"]
+    again = invoke(
+        "convert", folder, "--calibration", out / "calibration.safetensors", "--keys", 0.95, "--out", tmp_path / "more",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert again.exit_code == 0, again.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,13 +146,17 @@ def test_a_table_for_one_model(folder: Path, text: Path, invoke: Callable[..., R
         (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--dense-layers", "last"], "'last' are no layers"),
         (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--length", "100"], "more than 192 tokens"),
         (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--length", "300", "--keys", "0"], "keys=0.0"),
+        (["convert", "MODEL", "--text", "TEXT", "--out", "NEW", "--length", "300"], "the least that can be read is"),
+        (["eval", "MODEL", "--text", "TORN", "--lengths", "300"], "is no whole .xz file"),
     ],
 )
 def test_bad_input(
     arguments: list[str], message: str, folder: Path, text: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"MODEL": folder, "TEXT": text, "NEW": tmp_path / "new", "EMPTY": tmp_path / "empty"}
+    torn = tmp_path / "torn.txt.xz"
+    torn.write_bytes(text.read_bytes()[:80])
+    places = {"MODEL": folder, "TEXT": text, "NEW": tmp_path / "new", "EMPTY": tmp_path / "empty", "TORN": torn}
     said = invoke(*(places.get(word, word) for word in arguments))
     assert said.exit_code == 2, said.output
     assert message in said.output

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import lzma
 import os
 from pathlib import Path
 
@@ -181,3 +182,15 @@ def test_split_of_a_short_text_says_what_would_fit() -> None:
 def test_split_refuses_arguments_out_of_range(context: int, fraction: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         corpus_of(1000).split(context, fraction)
+
+
+def test_packed_text_is_text(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "a" / "t.txt", tmp_path / "b" / "t.txt.xz"
+    for path, data in ((plain, b"near and far " * 40), (packed, lzma.compress(b"near and far " * 40))):
+        path.parent.mkdir()
+        path.write_bytes(data)
+    assert collect([packed]).fingerprint == collect([plain]).fingerprint
+    assert collect([packed.parent]).files == collect([plain.parent]).files
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"t\.txt\.xz is no whole \.xz file"):
+        collect([packed])

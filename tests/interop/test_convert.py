@@ -449,8 +449,12 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
         assert again.options == fresh.options
         assert again.report["keys"] == pytest.approx(fresh.report["keys"])
         assert again.report["estimated_divergence"] == pytest.approx(fresh.report["estimated_divergence"], rel=1e-5)
-    with pytest.raises(ValueError, match=r"the calibration is of \[2, 4\] layers and heads, the model has \[3, 4\]"):
-        convert(make("Llama", num_hidden_layers=3), calibration=kept, keys=0.5)
+    other = make("Llama")
+    with torch.no_grad():
+        next(other.parameters())[-1, -1] += 1
+    for model in (other, make("Llama", num_hidden_layers=3), make("Llama", sliding_window=16), make("Qwen3")):
+        with pytest.raises(ValueError, match="the calibration is of another model"):
+            convert(model, calibration=kept, keys=0.5)
     with pytest.raises(ValueError, match=r"centres=\(3, 8\): the calibration has 3, 5 centres"):
         convert(make("Llama"), calibration=kept, keys=0.5, centres=(3, 8))
     with pytest.raises(FileNotFoundError, match="there is no calibration"):
@@ -465,6 +469,21 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
     save_file({"errors": torch.zeros(1)}, tmp_path / "f.safetensors", metadata=about)
     with pytest.raises(ValueError, match="made by an earlier version; convert again from text"):
         Calibration.load(tmp_path / "f.safetensors")
+
+
+def test_what_cannot_be_met_is_said_before_the_work_or_keeps_it() -> None:
+    told: list[str] = []
+    made: list[Calibration] = []
+    for refused in ({"keys": 0.05}, {"keys": 0.9, "dense_layers": (0, 1)}, {"keys": 0.45, "dense_layers": (1,)}):
+        with pytest.raises(ValueError, match="the least that can be read is"):
+            small(**refused, progress=lambda stage, *_: told.append(stage), calibrated=made.append)
+    assert not told and not made
+    with pytest.raises(ValueError, match="the least that these settings reach"):
+        small(error=1e-9, exact_heads=False, menu=(None, SMALL[0]), calibrated=made.append)
+    (kept,) = made
+    again = convert(make("Llama"), calibration=kept, keys=0.6, centres=(3, 5))
+    _, fresh = small(keys=0.6, menu=(None, SMALL[0]))
+    assert again.report["keys"] == fresh.report["keys"]
 
 
 def test_what_is_offered_is_what_was_asked_for() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["convert_command"]
 
 _DEFAULT_KEYS = 0.12
+_EFFORT = {"length": 8192, "windows": 1, "recall": 2, "queries": 64, "seed": 0}
 
 
 def convert_command(
@@ -40,12 +41,19 @@ def convert_command(
     error: Annotated[
         float | None, typer.Option(help="Instead of --keys: the highest estimated divergence, in nats per token.")
     ] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of context to calibrate and count at.")] = 8192,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of --length tokens from every text.")] = 1,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of context to calibrate and count at. (default: 8192)")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows of --length tokens from every text. (default: 1)")
+    ] = None,
     recall: Annotated[
-        int, typer.Option(min=0, help="Windows taken once more, with an end that repeats what stood far before.")
-    ] = 2,
-    queries: Annotated[int, typer.Option(min=1, help="Queries sampled in each window.")] = 64,
+        int | None,
+        typer.Option(
+            min=0, help="Windows taken once more, with an end that repeats what stood far before. (default: 2)"
+        ),
+    ] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Queries sampled in each window. (default: 64)")] = None,
     dense_layers: Annotated[str, typer.Option(metavar="N,N", help="Layers that stay exact.")] = "",
     share: Annotated[
         int | None, typer.Option(min=1, help="Most queries that share a choice; 1 allows decoding with a cache.")
@@ -71,7 +79,9 @@ def convert_command(
     recall_weight: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="How much ends that repeat count, beside plain text.")
     ] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampled queries; equal seeds choose alike.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the sampled queries; equal seeds choose alike. (default: 0)")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = None,
 ) -> None:
     """Give every head the cheapest far field that keeps the model's answers, as calibration text shows them.
@@ -83,7 +93,7 @@ def convert_command(
 
     from farfield.interop.transformers import texts
     from farfield.interop.transformers.calibration import Calibration
-    from farfield.interop.transformers.convert import convert, save
+    from farfield.interop.transformers.convert import CALIBRATION, convert, save
     from farfield.interop.transformers.pretrained import read
 
     if keys is None and error is None:
@@ -96,6 +106,11 @@ def convert_command(
     place = device_option(device)
     if bool(text) == (calibration is not None):
         raise ValueError("give --text FILE (repeatable), or --calibration FILE of an earlier conversion")
+    effort = {"length": length, "windows": windows, "recall": recall, "queries": queries, "seed": seed}
+    given = [f"--{name}" for name, value in effort.items() if value is not None]
+    if calibration is not None and given:
+        raise ValueError(f"{', '.join(given)} beside --calibration: it was made with its own; leave them out")
+    chosen = {**_EFFORT, **{name: value for name, value in effort.items() if value is not None}}
     earlier = None if calibration is None else Calibration.load(calibration)
     read_texts = {path: texts.read_text(path) for path in text or ()}
     probe(out)
@@ -105,22 +120,30 @@ def convert_command(
         pretrained = read(model, place)
     spans: list[Tensor] = []
     for path, content in read_texts.items():
-        spans += texts.spread(pretrained.tokenizer, content, length, windows, seed, str(path))
-    with Stages(console) as told:
-        conversion = convert(
-            pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact, max_share=share,
-            retrieval=retrieval, exact_heads=exact_heads, centres=numbers, recall_weight=recall_weight,
-            recall=recall, queries=queries, seed=seed,
-            progress=lambda stage, done, total: told(stage, done / total, f"{done} of {total}"),
-        )  # fmt: skip
+        spans += texts.spread(
+            pretrained.tokenizer, content, chosen["length"], chosen["windows"], chosen["seed"], str(path)
+        )
+    kept = out / CALIBRATION
+    try:
+        with Stages(console) as told:
+            conversion = convert(
+                pretrained.model, spans, calibration=earlier, keys=keys, error=error, dense_layers=exact,
+                max_share=share, retrieval=retrieval, exact_heads=exact_heads, centres=numbers,
+                recall_weight=recall_weight, recall=chosen["recall"], queries=chosen["queries"], seed=chosen["seed"],
+                progress=lambda stage, done, total: told(stage, done / total, f"{done} of {total}"),
+                calibrated=lambda made: made.save(kept),
+            )  # fmt: skip
+    except ValueError as refused:
+        if not kept.exists():
+            raise
+        raise ValueError(f"{refused}. What was calibrated is kept: --calibration {kept} --out ANOTHER") from refused
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])
     report = conversion.report
-    length = conversion.calibration.length
     heads = [len(layer["settings"]) for layer in report["layers"]]
     nothing = {i for i, offer in enumerate(report["menu"]) if offer["setting"] is None and not offer["expansion"]}
     alone = sum(number in nothing for layer in report["layers"] for number in layer["settings"])
     console.print(
-        f"{report['keys']:.1%} of {length:,} tokens' keys are read, estimated divergence "
+        f"{report['keys']:.1%} of {conversion.calibration.length:,} tokens' keys are read, estimated divergence "
         f"{report['estimated_divergence']:.4f} nats per token; {alone} of {sum(heads)} heads see no far field, "
         f"{report['retrieval']:.0%} of key heads keep all tokens "
         f"({in_words(time.perf_counter() - start)})",

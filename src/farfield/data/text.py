@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import glob
 import hashlib
+import lzma
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SEPARATOR", "Corpus", "Split", "TextFile", "collect"]
+__all__ = ["SEPARATOR", "Corpus", "Split", "TextFile", "collect", "read_bytes"]
 
 SEPARATOR = b"\f"
 """What stands between two files: a form feed, which source code and prose hardly ever contain themselves."""
@@ -124,8 +125,9 @@ def collect(paths: Sequence[str | os.PathLike[str]] | None = None) -> Corpus:
     Args:
         paths: Files, folders and globs (``**`` crosses folders), in any mixture. A folder gives all its files, except
             hidden ones, caches, empty ones and ones that look binary (a NUL byte near the start and no mark of a wide
-            encoding); a file that is named itself is always taken. ``None`` or an empty sequence reads the sources
-            (``*.py``) of the running interpreter's standard library, without its test suites.
+            encoding); a file that is named itself is always taken. Files ``.xz`` are unpacked. ``None`` or an empty
+            sequence reads the sources (``*.py``) of the running interpreter's standard library, without its test
+            suites.
 
     Returns:
         The corpus, ordered by path; of files with equal contents only the first is kept.
@@ -133,7 +135,7 @@ def collect(paths: Sequence[str | os.PathLike[str]] | None = None) -> Corpus:
     Raises:
         FileNotFoundError: If a path names nothing.
         PermissionError: If a file cannot be read.
-        ValueError: If a named file is empty, or nothing is left.
+        ValueError: If a named file is empty, a packed one damaged, or nothing is left.
     """
     if isinstance(paths, str | os.PathLike):
         raise TypeError(f"paths is a sequence of paths, got the single path {os.fspath(paths)!r}; write [{paths!r}]")
@@ -155,7 +157,7 @@ def collect(paths: Sequence[str | os.PathLike[str]] | None = None) -> Corpus:
         if resolved in seen_paths:
             continue
         seen_paths.add(resolved)
-        data = _read(path)
+        data = read_bytes(path)
         if not data:
             if named:
                 raise ValueError(f"{path} is empty; give a file with text in it")
@@ -170,7 +172,7 @@ def collect(paths: Sequence[str | os.PathLike[str]] | None = None) -> Corpus:
             skipped.append(f"{path}: the same as another file")
             continue
         seen_contents.add(content)
-        files.append(TextFile(name, data))
+        files.append(TextFile(name.removesuffix(".xz"), data))
     if not files:
         reasons = "; ".join(skipped[:3]) or "the folder holds no files"
         raise ValueError(f"found no text in {source} ({reasons}); give files, folders or globs that hold some")
@@ -220,11 +222,23 @@ def _library_sources(root: Path) -> list[Path]:
     return [path for path in _walk(root, leave_out=_NOT_LIBRARY) if path.suffix == ".py"]
 
 
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """What a file holds, and of one that ends in ``.xz`` what is packed there.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is packed and damaged.
+    """
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise type(error)(f"cannot read {path}: {error.strerror or error}") from error
+    if path.suffix != ".xz":
+        return data
+    try:
+        return lzma.decompress(data)
+    except lzma.LZMAError as error:
+        raise ValueError(f"{path} is no whole .xz file: {error}") from error
 
 
 def _looks_binary(data: bytes) -> bool:

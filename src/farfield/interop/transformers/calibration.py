@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from farfield.interop.transformers.layers import group_of, pyramid_of
 from farfield.interop.transformers.menu import BLOCK, SINKS, Keeps, Setting
 from farfield.interop.transformers.texts import repeating
 
-__all__ = ["BIASES", "RECALL", "Calibration", "Progress", "calibrate", "entry_of"]
+__all__ = ["BIASES", "RECALL", "Calibration", "Progress", "calibrate", "common_length", "entry_of", "fingerprint"]
 
 PIECE = 1024
 """Tokens of a piece on which gradients are taken."""
@@ -33,6 +34,12 @@ Progress = Callable[[str, int, int], None]
 
 _KIND = "farfield.calibration"
 
+_ATTENDS = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "layer_types", "sliding_window", "use_sliding_window",
+    "rope_parameters", "attn_logit_softcapping",
+)  # fmt: skip
+"""Entries of a config that a model of equal weights may have otherwise."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -47,6 +54,7 @@ class Calibration:
         biases: of an expansion; None for none.
         length, block, sinks: tokens of a window, of a leaf block, and those that are always seen.
         windows, recall, queries, pieces, seed: how much text, see :func:`calibrate`.
+        model: :func:`fingerprint` of the model.
     """
 
     errors: Tensor
@@ -61,6 +69,7 @@ class Calibration:
     queries: int
     pieces: int
     seed: int
+    model: str
 
     @property
     def effort(self) -> dict[str, Any]:
@@ -104,7 +113,7 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})[_KIND])
                 names = [name for name in file.keys() if name.startswith("centres")]  # noqa: SIM118 (it is no dict)
-                if "biases" not in about or "centres" in names:
+                if "model" not in about or "centres" in names:
                     raise ValueError("made by an earlier version; convert again from text")
                 errors = file.get_tensor("errors")
                 centres = {int(name.split()[1]): file.get_tensor(name) for name in names}
@@ -128,6 +137,18 @@ class Calibration:
         if len(self.errors) == 1:
             return self.errors[0]
         return torch.lerp(self.errors[0], self.errors[1], recall)
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of what decides how a model attends: some weights of every kind, and the parts of its config."""
+    config = model.config.to_dict()
+    told = {name: config.get(name) for name in _ATTENDS}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float32)
+        digest.update(f"{name} {list(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def entry_of(setting: Setting) -> dict[str, Any] | None:
@@ -183,7 +204,7 @@ def calibrate(
         ValueError: when windows differ in length or are too short, the model cannot be converted, or its queries are
             beyond the range of float16.
     """
-    length = _common_length(windows, block)
+    length = common_length(windows, block)
     if None not in biases:
         raise ValueError(f"biases={tuple(biases)}: None, for no expansion, has to be among them")
     numbers = sorted(set(centres))
@@ -191,7 +212,7 @@ def calibrate(
     if missing or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
         raise ValueError(f"centres={tuple(centres)}: numbers >= 1 would be accepted, those of the menu among them")
     biases = tuple(biases) if numbers else (None,)
-    layers = len(cores.attention_layers(model))
+    layers, of = len(cores.attention_layers(model)), fingerprint(model)
     device = next(model.parameters()).device
     done = {"gradients": 0, "centres": 0, "settings": 0}
     recall = min(recall, len(windows))
@@ -234,11 +255,12 @@ def calibrate(
     return Calibration(
         errors=torch.stack(parts), centres={n: x.cpu() for n, x in places.items()}, menu=tuple(menu), biases=biases,
         length=length, block=block, sinks=sinks, windows=len(windows), recall=recall, queries=queries, pieces=pieces,
-        seed=seed,
+        seed=seed, model=of,
     )  # fmt: skip
 
 
-def _common_length(windows: Sequence[Tensor], block: int) -> int:
+def common_length(windows: Sequence[Tensor], block: int) -> int:
+    """Tokens of every window; ValueError where they differ, or have nothing far."""
     lengths = {len(ids) for ids in windows}
     if len(lengths) != 1:
         raise ValueError(f"calibration needs windows of one length, got lengths {sorted(lengths)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,16 @@ from farfield import __version__
 from farfield.far import Expansion, Pyramid
 from farfield.interop.transformers import cores
 from farfield.interop.transformers.budget import allocate
-from farfield.interop.transformers.calibration import BIASES, RECALL, Calibration, Progress, calibrate, entry_of
+from farfield.interop.transformers.calibration import (
+    BIASES,
+    RECALL,
+    Calibration,
+    Progress,
+    calibrate,
+    common_length,
+    entry_of,
+    fingerprint,
+)
 from farfield.interop.transformers.keys import context, expansion_keys
 from farfield.interop.transformers.layers import CONVERTED, group_of
 from farfield.interop.transformers.loading import configure
@@ -68,6 +77,7 @@ def convert(
     pieces: int = 4,
     seed: int = 0,
     progress: Progress | None = None,
+    calibrated: Callable[[Calibration], None] | None = None,
 ) -> Conversion:
     """Gives every head of a model the setting that the budget or the bound allows, and configures the model so.
 
@@ -77,6 +87,7 @@ def convert(
             :func:`farfield.interop.transformers.calibration.calibrate`.
         menu: settings to choose from, None for :func:`farfield.interop.transformers.menu.menu_for` this length.
         calibration: one that was made before, of this model; instead of all of these.
+        calibrated: called with a calibration as soon as it is made: what is asked of it may still be refused.
         keys: keys read per query, as a share of the mean causal context, over all layers and heads.
         error: instead of ``keys``, the highest estimated divergence from the original, in nats per token.
         dense_layers: layers that stay exact; they count as a whole context each.
@@ -114,13 +125,22 @@ def convert(
         chosen = menu_for(max(map(len, windows), default=0), numbers) if menu is None else menu
         with_sinks = [replace(p, sinks=sinks) if isinstance(p, Pyramid) else p for p in chosen]
         offered = [p for p in with_sinks if _allowed(p, max_share)]
+        length = common_length(windows, block)
+        if keys is not None:  # before the long work: what is read does not hang on it
+            least = min(
+                o.keys(length, block, sinks, 0, 1) for o in _offers(offered, numbers, numbers, None, exact_heads)
+            )
+            _left(keys, context(length), number, len(dense), least)
         calibration = calibrate(
             model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, centres=numbers,
             recall=recall, queries=queries, pieces=pieces, seed=seed, progress=progress,
         )  # fmt: skip
-    if calibration.errors.shape[3:] != shape:
+        if calibrated is not None:
+            calibrated(calibration)
+    elif calibration.model != fingerprint(model):
         raise ValueError(
-            f"the calibration is of {list(calibration.errors.shape[3:])} layers and heads, the model has {list(shape)}"
+            f"the calibration is of another model: its weights and config have the fingerprint {calibration.model}, "
+            f"those of this one {fingerprint(model)}. Convert from text"
         )
     made = calibration
     if not set(numbers) <= set(made.centres):
@@ -130,7 +150,7 @@ def convert(
             "none, would be accepted"
         )
     length, block, sinks = made.length, made.block, made.sinks
-    offers = _offers(made, numbers, max_share, exact_heads)
+    offers = _offers(made.menu, tuple(made.centres), numbers, max_share, exact_heads)
     if not offers:
         raise ValueError(
             f"nothing is offered with centres={tuple(centres)}, max_share={max_share}, exact_heads=False: more of them "
@@ -219,12 +239,17 @@ class _Offer:
         return own + (expansion_keys(self.number, dim, bounds) if self.number else 0.0)
 
 
-def _offers(made: Calibration, numbers: Sequence[int], max_share: int | None, exact: bool) -> list[_Offer]:
-    """The settings of a calibration that are asked for, first without, then with expansions, and to see everything."""
-    few = [(i, p) for i, p in enumerate(made.menu) if _allowed(p, max_share)]
+def _offers(
+    menu: Sequence[Setting], known: Sequence[int], numbers: Sequence[int], max_share: int | None, exact: bool
+) -> list[_Offer]:
+    """Settings of a calibration that are asked for, first without, then with expansions, and to see everything.
+
+    Of the numbers of centres that it knows ``numbers`` are asked for.
+    """
+    few = [(i, p) for i, p in enumerate(menu) if _allowed(p, max_share)]
     others = [(i, p) for i, p in few if not isinstance(p, Keeps)]
     offers = [_Offer(i, p, False) for i, p in others]
-    fewest = min(made.centres, default=0)
+    fewest = min(known, default=0)
     if fewest in numbers:
         offers += [_Offer(i, p, True, fewest) for i, p in others]
     offers += [_Offer(i, p, True) for i, p in few if isinstance(p, Keeps) and p.number in numbers]

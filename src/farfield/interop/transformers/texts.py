@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import lzma
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from farfield.data.text import read_bytes
 
 __all__ = ["apart", "first_token", "read_text", "repeating", "room", "spread", "windows"]
 
@@ -27,11 +28,9 @@ def read_text(path: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"there is no text file {path}")
     try:
-        if path.suffix == ".xz":
-            with lzma.open(path, "rt", encoding="utf-8") as file:
-                return file.read()
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, lzma.LZMAError) as error:
+        # As a file that is opened as text: ends of lines of other systems are "\n".
+        return read_bytes(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 (plain or .xz): {error}") from error
 
 
