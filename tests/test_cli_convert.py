@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import Result
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
@@ -129,6 +130,17 @@ def test_a_calibration_outlives_a_bound_that_is_not_met(
         "--device", "cpu",
     )  # fmt: skip
     assert again.exit_code == 0, again.output
+
+
+def test_weights_stay_as_they_are(text: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    half, out = tmp_path / "half", tmp_path / "out"
+    make("Llama", vocab_size=257).bfloat16().save_pretrained(half)
+    tokenizer().save_pretrained(half)
+    said = invoke("convert", half, "--text", text, "--keys", 0.85, "--length", 300, "--queries", 4, "--out", out)
+    assert said.exit_code == 0, said.output
+    before, after = (load_file(folder / "model.safetensors") for folder in (half, out))
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == x.dtype and torch.equal(after[name], x) for name, x in before.items())
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def convert_command(
         if not kept.exists():
             raise
         raise ValueError(f"{refused}. What was calibrated is kept: --calibration {kept} --out ANOTHER") from refused
+    pretrained.model.to(pretrained.dtype)  # as it was: nothing was trained
     save(pretrained.model, pretrained.tokenizer, conversion, out, source=model.name, texts=[p.name for p in text or ()])
     report = conversion.report
     heads = [len(layer["settings"]) for layer in report["layers"]]

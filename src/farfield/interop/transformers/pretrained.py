@@ -15,10 +15,17 @@ __all__ = ["Pretrained", "read"]
 
 
 class Pretrained(NamedTuple):
-    """A causal language model in evaluation mode, and its tokenizer."""
+    """A causal language model in evaluation mode.
+
+    Attributes:
+        model: in float32.
+        tokenizer: its own.
+        dtype: that its weights were kept in, where float32 holds them without loss; otherwise float32.
+    """
 
     model: Any
     tokenizer: Any
+    dtype: torch.dtype
 
 
 def read(path: str | Path, device: str = "cpu") -> Pretrained:
@@ -37,7 +44,7 @@ def read(path: str | Path, device: str = "cpu") -> Pretrained:
         from farfield.interop.gguf import load_llama
 
         model, tokenizer = load_llama(path)
-        return Pretrained(model.to(device).eval(), tokenizer)
+        return Pretrained(model.to(device).eval(), tokenizer, torch.float32)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder or GGUF file {path}")
     if not (path / "config.json").is_file():
@@ -48,4 +55,5 @@ def read(path: str | Path, device: str = "cpu") -> Pretrained:
         model = load(path, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    return Pretrained(model.to(device).eval(), AutoTokenizer.from_pretrained(path))
+    kept = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float32
+    return Pretrained(model.to(device).eval(), AutoTokenizer.from_pretrained(path), kept)
