@@ -479,6 +479,8 @@ def _check_grid(grid: tuple[int, ...] | None, tokens: int, dims: int) -> tuple[i
 
 
 def _check_segments(cu_seqlens: Tensor, tokens: int, dims: int) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens={cu_seqlens!r}: an int32 or int64 tensor [S + 1] would be accepted")
     if dims != 1:
         raise ValueError(f"cu_seqlens packs 1-D sequences; this layer has dims={dims}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):

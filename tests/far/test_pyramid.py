@@ -50,6 +50,7 @@ def shaken(module: nn.Module) -> nn.Module:
         ({"summary": "learned"}, ["grid=None", "need the grid"]),
         ({"grid": (64,)}, ["'shared'", "(64,)", "work on any"]),
         ({"sinks": -1}, ["sinks=-1", ">= 0"]),
+        ({"share": 4, "rest": "drop"}, ["open=0, share=4, rest='drop'", "open=16 opens some"]),
         ({"open_bias": -8.0}, ["open=0", "open_bias=-8.0", "where pages are opened"]),
         ({"open": 2, "open_bias": "quiet"}, ["open_bias='quiet'", "a number", '"bias"']),
     ],

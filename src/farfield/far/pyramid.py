@@ -45,6 +45,10 @@ Adam's steps do not depend on scale, so the bias moves ten times as far; and wei
 """
 
 
+_OF_PAGES = ("beam", "page", "share", "beam_share", "recent", "rest", "choose")
+"""Options that say nothing where nothing is opened."""
+
+
 @dataclass(frozen=True)
 class Pyramid(FarPart):
     """Far tokens through summaries of groups that double in side from level to level.
@@ -122,6 +126,12 @@ class Pyramid(FarPart):
             raise ValueError(
                 f"Pyramid(open={self.open!r}, query_rank={self.query_rank!r}): a pooled query opens nothing for its "
                 "tokens; use share= to let neighbouring queries share a choice"
+            )
+        idle = [name for name in _OF_PAGES if not self.open and getattr(self, name) != getattr(Pyramid, name)]
+        if idle:
+            named = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
+            raise ValueError(
+                f"Pyramid(open={self.open!r}, {named}): these say how pages are opened, open=16 opens some"
             )
         if self.sinks < 0:
             raise ValueError(f"Pyramid(sinks={self.sinks}): a number of leading tokens >= 0 would be accepted")

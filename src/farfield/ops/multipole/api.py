@@ -195,6 +195,8 @@ def normalise(
         _check_mask(key_mask, query.shape[0], number)
     if cu_seqlens is not None:
         _check_segments(cu_seqlens, number, dims)
+    if level_bias is not None and not isinstance(level_bias, Tensor):
+        raise TypeError(f"level_bias={level_bias!r}: a tensor [levels or more, Hq] would be accepted")
     if level_bias is not None and (level_bias.dim() != 2 or level_bias.shape[1] != query.shape[1]):
         raise ValueError(
             f"level_bias has shape {list(level_bias.shape)}: [levels or more, Hq={query.shape[1]}] is needed"
@@ -286,6 +288,8 @@ def _check_segments(cu_seqlens: Tensor, number: int, dims: int) -> None:
         raise ValueError(
             f"cu_seqlens with a {dims}-D grid: packed sequences are 1-D; drop grid, or pass images as a batch"
         )
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens={cu_seqlens!r}: an int32 or int64 tensor [S + 1] would be accepted")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: "

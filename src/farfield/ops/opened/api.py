@@ -168,6 +168,8 @@ def opened_attention(
         "grid": call["grid"], "block": call["block"], "rank": call["rank"], "causal": causal, "key_mask": key_mask,
         "scale": call["scale"], "sinks": sinks, "impl": impl,
     }  # fmt: skip
+    if page_bias is not None and not isinstance(page_bias, Tensor):
+        raise TypeError(f"page_bias={page_bias!r}: a tensor [Hq] would be accepted")
     if page_bias is not None and page_bias.shape != query.shape[1:2]:
         raise ValueError(
             f"page_bias has shape {list(page_bias.shape)}: [{query.shape[1]}] would be accepted, a number "

@@ -209,6 +209,8 @@ def _segments(cu_seqlens: Tensor, tokens: int, dims: int) -> tuple[int, ...] | N
     """The bounds on the host; None under tracing, where the operator reads and checks them, and the fit to them."""
     if dims != 1:
         raise ValueError(f"cu_seqlens packs 1-D sequences, the grid has {dims} axes; pass images as a batch")
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens={cu_seqlens!r}: an int32 or int64 tensor [S + 1] would be accepted")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     if torch.compiler.is_compiling():
