@@ -80,7 +80,9 @@ def study_of(folders: Sequence[Path]) -> dict[str, Any]:
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     keys = [run["key"] for run in runs]
     settings = {
-        name: value for name, value in keys[0].items() if name not in EACH and all(k[name] == value for k in keys)
+        name: value
+        for name, value in keys[0].items()
+        if name not in (*EACH, "defaults") and all(k[name] == value for k in keys)
     }
     kept = [
         {

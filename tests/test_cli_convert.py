@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
@@ -141,6 +141,15 @@ def test_weights_stay_as_they_are(text: Path, tmp_path: Path, invoke: Callable[.
     before, after = (load_file(folder / "model.safetensors") for folder in (half, out))
     assert before.keys() == after.keys()
     assert all(after[name].dtype == x.dtype and torch.equal(after[name], x) for name, x in before.items())
+
+    # One that is kept wider keeps its digits: all are float32 then.
+    before["model.norm.weight"] = before["model.norm.weight"].float() * 1.001
+    save_file(before, half / "model.safetensors", metadata={"format": "pt"})
+    wide = tmp_path / "wide"
+    said = invoke("convert", half, "--text", text, "--keys", 0.85, "--length", 300, "--queries", 4, "--out", wide)
+    assert said.exit_code == 0, said.output
+    after = load_file(wide / "model.safetensors")
+    assert all(after[name].dtype == torch.float32 and torch.equal(after[name], x.float()) for name, x in before.items())
 
 
 @pytest.mark.parametrize(

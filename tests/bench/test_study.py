@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from farfield import recipes
 from farfield.bench.pace import TURNS
 from farfield.bench.runs import Watcher
 from farfield.bench.study import Study, StudyRun, study, study_paces
@@ -235,3 +236,11 @@ def test_a_ramp_comes_before_the_budget_and_is_not_counted(corpus: Corpus, tmp_p
     for ramp, message in (([[16, 3]], "a stage of a ramp is"), ([[16, 0, 2]], "each at least 1"), (16, "a list of")):
         with pytest.raises(ValueError, match=message):
             small(ramp=ramp)
+
+
+def test_runs_of_other_defaults_are_other_runs(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(small(FMA), corpus, tmp_path)
+    now = {**recipes.options("fma", 1), "sinks": 1}
+    monkeypatch.setattr(recipes, "options", lambda *_: now)
+    with pytest.raises(ValueError, match=r"defaults \{.*'sinks': 0.* there, \{.*'sinks': 1.* now"):
+        study(small(FMA), corpus, tmp_path)

@@ -189,8 +189,13 @@ def test_packed_text_is_text(tmp_path: Path) -> None:
     for path, data in ((plain, b"near and far " * 40), (packed, lzma.compress(b"near and far " * 40))):
         path.parent.mkdir()
         path.write_bytes(data)
-    assert collect([packed]).fingerprint == collect([plain]).fingerprint
-    assert collect([packed.parent]).files == collect([plain.parent]).files
+    assert [file.data for file in collect([packed]).files] == [plain.read_bytes()]
+    assert [file.data for file in collect([packed.parent]).files] == [plain.read_bytes()]
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"t\.txt\.xz is no whole \.xz file"):
         collect([packed])
+    # In a folder it is passed over, as what else is no text.
+    (packed.parent / "more.txt").write_bytes(b"text")
+    found = collect([packed.parent])
+    assert [file.name for file in found.files] == ["more.txt"]
+    assert "no whole .xz file" in found.skipped[0]

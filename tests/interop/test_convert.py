@@ -452,7 +452,7 @@ def test_a_calibration_serves_other_budgets(tmp_path: Path) -> None:
     other = make("Llama")
     with torch.no_grad():
         next(other.parameters())[-1, -1] += 1
-    for model in (other, make("Llama", num_hidden_layers=3), make("Llama", sliding_window=16), make("Qwen3")):
+    for model in (other, make("Llama", num_hidden_layers=3), make("Llama", rms_norm_eps=0.1), make("Qwen3")):
         with pytest.raises(ValueError, match="the calibration is of another model"):
             convert(model, calibration=kept, keys=0.5)
     with pytest.raises(ValueError, match=r"centres=\(3, 8\): the calibration has 3, 5 centres"):
@@ -477,6 +477,11 @@ def test_what_cannot_be_met_is_said_before_the_work_or_keeps_it() -> None:
     for refused in ({"keys": 0.05}, {"keys": 0.9, "dense_layers": (0, 1)}, {"keys": 0.45, "dense_layers": (1,)}):
         with pytest.raises(ValueError, match="the least that can be read is"):
             small(**refused, progress=lambda stage, *_: told.append(stage), calibrated=made.append)
+    with pytest.raises(ValueError, match=r"nothing is offered with centres=\(\), max_share=1, exact_heads=False"):
+        small(
+            keys=0.5, exact_heads=False, centres=(), max_share=1, menu=(replace(SMALL[0], share=4),),
+            progress=lambda stage, *_: told.append(stage),
+        )  # fmt: skip
     assert not told and not made
     with pytest.raises(ValueError, match="the least that these settings reach"):
         small(error=1e-9, exact_heads=False, menu=(None, SMALL[0]), calibrated=made.append)

@@ -251,3 +251,63 @@ def test_held_masks_follow_rows_and_lengths() -> None:
     torch.testing.assert_close(rest, whole, rtol=0, atol=60 * torch.finfo(torch.float32).eps)
     with pytest.raises(ValueError, match="rewind=-1"):
         StreamCache(model, rewind=-1)
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([1]), [1]], ids=["tensor", "list"])
+@pytest.mark.parametrize("given", [{}, {"attention_mask": torch.ones(1, 60, dtype=torch.long)}], ids=["none", "all"])
+def test_rows_without_padding_may_go_on_alone(rows: Any, given: dict[str, Any]) -> None:
+    model, ids = small(), tokens(2, 60)
+    cache = StreamCache(model)
+    stepped(model, ids[:, :40], cache, (40,), attention_mask=LEFT[:, :40])
+    cache.batch_select_indices(rows)
+    with torch.no_grad():
+        rest = model(ids[1:, 40:], use_cache=True, **{ARGUMENT: cache}, **given).logits
+        whole = model(ids[1:], use_cache=False).logits[:, 40:]
+    torch.testing.assert_close(rest, whole, rtol=0, atol=1e-9)
+
+
+def test_crop_takes_padding_back_without_tokens() -> None:
+    """Row 1 ends three columns early, row 0 begins one column before the end."""
+    model, ids = small(), tokens(2, 60)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, 27:] = 0
+    mask[0, :29] = 0
+    cache = StreamCache(model, rewind=4)
+    stepped(model, ids[:, :30], cache, (30,), attention_mask=mask)
+    cache.crop(27)
+    assert cache.get_seq_length() == 27 and cache.layers[0].state.lengths == [0, 27]
+    with torch.no_grad():
+        rest = model(ids[1:, 27:], use_cache=True, **{ARGUMENT: _alone(cache, 1)}).logits
+        whole = model(ids[1:], use_cache=False).logits[:, 27:]
+    torch.testing.assert_close(rest, whole, rtol=0, atol=1e-9)
+
+
+def _alone(cache: StreamCache, row: int) -> StreamCache:
+    cache.batch_select_indices(torch.tensor([row]))
+    return cache
+
+
+def test_holes_are_refused_by_the_first_layer_for_all() -> None:
+    """A sliding layer first, which would take them."""
+    model, ids = small("Gemma3Text"), tokens(2, 60)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, 20:24] = 0
+    cache = StreamCache(model)
+    with pytest.raises(ValueError, match="padding between the tokens of a row"):
+        stepped(model, ids, cache, (40,), attention_mask=mask)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0]
+
+
+def test_a_first_call_that_was_refused_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small(), tokens(2, 60)
+    cache = StreamCache(model)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("not today")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.layers[1], "attend", refuse)
+        with pytest.raises(ValueError, match="not today"):
+            stepped(model, ids[:, :20], cache, (20,))
+    with pytest.raises(ValueError, match="hold 0 and 40 tokens: a call was refused half-way"):
+        stepped(model, ids[:, 20:40], cache, (20,))

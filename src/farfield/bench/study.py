@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from farfield import recipes
 from farfield.bench.compare import LEAST_WINDOWS, MOST_WINDOWS, RunResult, describe_text
 from farfield.bench.machine import describe_machine
 from farfield.bench.memory import PeakMemory
@@ -304,6 +305,7 @@ class Study:
             "label": cell.variant.label,
             "recipe": cell.variant.recipe,
             "options": dict(cell.variant.options),
+            "defaults": _defaults(cell.variant),
             "context": cell.context,
             "batch": cell.batch,
             "seed": seed,
@@ -324,6 +326,7 @@ class Study:
             {
                 "recipe": cell.variant.recipe,
                 "options": dict(cell.variant.options),
+                "defaults": _defaults(cell.variant),
                 "seed": seed,
                 **{name: getattr(self, name) for name in ("task", "lr", "embedding_lr", "ramp", *_MODEL, "device")},
                 "threads": torch.get_num_threads(),
@@ -337,6 +340,7 @@ class Study:
             {
                 "recipe": cell.variant.recipe,
                 "options": dict(cell.variant.options),
+                "defaults": _defaults(cell.variant),
                 **{name: getattr(self, name) for name in ("task", *_MODEL, "device")},
                 "processor": machine["processor"],
                 "threads": machine["threads"],
@@ -569,6 +573,11 @@ def finished_runs(
             raise ValueError(f"{path} has other settings ({'; '.join(different)}); give another label or --out")
         found[name, seed] = run
     return found
+
+
+def _defaults(variant: Variant) -> dict[str, Any]:
+    """Of the options that are not given: with another default it is another run."""
+    return {k: v for k, v in recipes.options(variant.recipe, 1).items() if k not in variant.options}
 
 
 def level_biases(model: nn.Module, levels: int = 8) -> tuple[tuple[float, ...], ...]:

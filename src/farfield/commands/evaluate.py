@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from farfield.commands.options import device_option, probe
+from farfield.commands.options import device_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,8 +75,8 @@ def eval_command(
     wanted = _lengths(lengths, windows)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"cannot draw to {plot}; give a name that ends in .png, .svg or .pdf")
-    if plot is not None:
-        probe(plot.parent)
+    if plot is not None and not plot.parent.is_dir():
+        raise ValueError(f"cannot draw to {plot}: there is no folder {plot.parent}")
     place = device_option(device)
     contents = {path: texts.read_text(path) for path in text}
     models: list[Pretrained] = [read(path, place) for path in ([against] if against else []) + [model]]

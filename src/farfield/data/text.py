@@ -157,7 +157,13 @@ def collect(paths: Sequence[str | os.PathLike[str]] | None = None) -> Corpus:
         if resolved in seen_paths:
             continue
         seen_paths.add(resolved)
-        data = read_bytes(path)
+        try:
+            data = read_bytes(path)
+        except ValueError as error:
+            if named:
+                raise
+            skipped.append(str(error))
+            continue
         if not data:
             if named:
                 raise ValueError(f"{path} is empty; give a file with text in it")
@@ -172,7 +178,7 @@ def collect(paths: Sequence[str | os.PathLike[str]] | None = None) -> Corpus:
             skipped.append(f"{path}: the same as another file")
             continue
         seen_contents.add(content)
-        files.append(TextFile(name.removesuffix(".xz"), data))
+        files.append(TextFile(name, data))
     if not files:
         reasons = "; ".join(skipped[:3]) or "the folder holds no files"
         raise ValueError(f"found no text in {source} ({reasons}); give files, folders or globs that hold some")

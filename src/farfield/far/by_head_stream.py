@@ -35,7 +35,7 @@ Tokens = tuple[Tensor, Tensor, Tensor]
 def shares_tokens(pyramid: Pyramid) -> bool:
     """Whether decoding can keep one copy of the tokens for this group and others: see :class:`HeadsStream`."""
     plain = pyramid.choose == "bounds" or (pyramid.summary == "mean" and pyramid.rope == "tokens")
-    return bool(pyramid.open) and pyramid.levels == 1 and pyramid.rest == "drop" and plain and pyramid.page_bias is None
+    return bool(pyramid.open) and pyramid.levels == 1 and pyramid.rest == "drop" and plain and pyramid.open_bias is None
 
 
 class Sums(NamedTuple):

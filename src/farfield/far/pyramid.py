@@ -74,7 +74,8 @@ class Pyramid(FarPart):
             their tokens are seen exactly, see :func:`farfield.opened_attention`. 0: none. Where it is more, decoding
             keeps the tokens.
         open_bias: where a learned bias per head of opened tokens starts: "bias" where that of summaries does, so that
-            all of the far field starts quiet, or is without one; a number of its own; or None, no bias.
+            all of the far field starts quiet, or is without one (what it comes to is kept); a number of its own; or
+            None, no bias.
         beam, page, share, beam_share, recent, rest, choose: how they are chosen, as there.
     """
 
@@ -116,8 +117,9 @@ class Pyramid(FarPart):
                     object.__setattr__(self, name, given)
         if self.bias is not None and not isinstance(self.bias, int | float):
             raise TypeError(f"Pyramid(bias={self.bias!r}): a number, or None for no bias, would be accepted")
-        own = self.open_bias is not None and self.open_bias != "bias"
-        if own and (not isinstance(self.open_bias, int | float) or not self.open):
+        if self.open_bias == "bias":
+            object.__setattr__(self, "open_bias", self.bias if self.open else None)
+        if self.open_bias is not None and (not isinstance(self.open_bias, int | float) or not self.open):
             raise ValueError(
                 f"Pyramid(open={self.open!r}, open_bias={self.open_bias!r}): a number would be accepted where pages "
                 'are opened, None for no bias, or "bias" for what the summaries have'
@@ -135,13 +137,6 @@ class Pyramid(FarPart):
             )
         if self.sinks < 0:
             raise ValueError(f"Pyramid(sinks={self.sinks}): a number of leading tokens >= 0 would be accepted")
-
-    @property
-    def page_bias(self) -> float | None:
-        """Where the bias of opened tokens starts; None: they have none, or nothing is opened."""
-        if not self.open:
-            return None
-        return self.bias if self.open_bias == "bias" else cast("float | None", self.open_bias)
 
     @property
     def takes_dropout(self) -> bool:  # type: ignore[override]
@@ -249,7 +244,7 @@ class _Pyramid(StreamModule):
         if options.bias is not None:
             self.level_bias = nn.Parameter(torch.empty(MAX_LEVELS, spec.num_heads))
         self.page_bias = None
-        if options.page_bias is not None:
+        if options.open_bias is not None:
             self.page_bias = nn.Parameter(torch.empty(spec.num_heads))
         self.weights = nn.ParameterDict()
         self.waves = spec.waves
@@ -318,9 +313,9 @@ class _Pyramid(StreamModule):
 
     def opened_bias(self) -> Tensor | None:
         """[query heads] the bias of opened tokens; None without."""
-        if self.page_bias is None or self.options.page_bias is None:
+        if self.page_bias is None or self.options.open_bias is None:
             return None
-        return self.options.page_bias + FAST * self.page_bias
+        return cast(float, self.options.open_bias) + FAST * self.page_bias
 
     def _levels(self, inputs: Inputs) -> int | None:
         """The levels that were asked for, or all of a shorter input that has fewer."""

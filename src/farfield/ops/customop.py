@@ -35,7 +35,8 @@ def differentiable_once(
     """What ``make`` returns, gradients in the backward pass of a function; to differentiate them is an error.
 
     `torch.autograd.function.once_differentiable` lets second derivatives be 0 without a word: where they are asked for
-    by name of the inputs, in ``torch.func``, or where only a part of a loss holds a gradient.
+    by name of the inputs, in ``torch.func``, or where only a part of a loss holds a gradient. Under `torch.compile`
+    gradients come without a graph, as that of every function written so.
 
     Args:
         make: makes them, without a graph.

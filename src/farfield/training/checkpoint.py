@@ -69,8 +69,10 @@ class Checkpoint:
         try:
             model.load_state_dict(parameters)
         except RuntimeError as error:
+            hint = ". Opened tokens had no bias once: the option open_bias=null describes such a model"
             raise CheckpointError(
                 f"{self.folder / STATE_FILE} does not fit the model that {self.folder / CONFIG_FILE} describes: {error}"
+                f"{hint if 'page_bias' in str(error) else ''}"
             ) from error
         return model.to(device).eval()
 

@@ -102,7 +102,8 @@ def attention_function(recipe: str | None) -> Attend:
                 raise ValueError(
                     "a StreamCache decodes causal sequences: without position_bias, packed sequences, cross attention"
                 )
-            out = stream.attend(core, inputs, columns.key_mask, _counts_from_itself(core))
+            everywhere = cores.setting_of(config, recipe)[0] in ("dense", "window")
+            out = stream.attend(core, inputs, columns.key_mask, everywhere and _counts_from_itself(core))
         elif position_bias is not None:
             _check_bias(core, dropout, columns, cu_seq_lens_q)
             out = dense_rows(inputs, position_bias[..., : columns.length])

@@ -34,11 +34,11 @@ Progress = Callable[[str, int, int], None]
 
 _KIND = "farfield.calibration"
 
-_ATTENDS = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "layer_types", "sliding_window", "use_sliding_window",
-    "rope_parameters", "attn_logit_softcapping",
-)  # fmt: skip
-"""Entries of a config that a model of equal weights may have otherwise."""
+_SAYS_NOTHING = {
+    "dtype", "torch_dtype", "transformers_version", "architectures", "use_cache", "id2label", "label2id",
+    "bos_token_id", "eos_token_id", "pad_token_id", cores.NAME,
+}  # fmt: skip
+"""Entries of a config that change no answer."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ class Calibration:
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of what decides how a model attends: some weights of every kind, and the parts of its config."""
+    """A hash of some weights of every kind, in float32, and of the config."""
     config = model.config.to_dict()
-    told = {name: config.get(name) for name in _ATTENDS}
+    told = {name: x for name, x in config.items() if name not in _SAYS_NOTHING and not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()

@@ -126,10 +126,10 @@ def convert(
         with_sinks = [replace(p, sinks=sinks) if isinstance(p, Pyramid) else p for p in chosen]
         offered = [p for p in with_sinks if _allowed(p, max_share)]
         length = common_length(windows, block)
+        several = _offers(offered, numbers, numbers, None, exact_heads)
+        _check_offers(several, centres, max_share)
         if keys is not None:  # before the long work: what is read does not hang on it
-            least = min(
-                o.keys(length, block, sinks, 0, 1) for o in _offers(offered, numbers, numbers, None, exact_heads)
-            )
+            least = min(offer.keys(length, block, sinks, 0, 1) for offer in several)
             _left(keys, context(length), number, len(dense), least)
         calibration = calibrate(
             model, windows, menu=offered, biases=BIASES, block=block, sinks=sinks, centres=numbers,
@@ -151,11 +151,7 @@ def convert(
         )
     length, block, sinks = made.length, made.block, made.sinks
     offers = _offers(made.menu, tuple(made.centres), numbers, max_share, exact_heads)
-    if not offers:
-        raise ValueError(
-            f"nothing is offered with centres={tuple(centres)}, max_share={max_share}, exact_heads=False: more of them "
-            "is needed"
-        )
+    _check_offers(offers, centres, max_share)
     by_bias = made.weighed(recall_weight)
     plain = made.biases.index(None)
     biases = [i for i, bias in enumerate(made.biases) if bias is not None]
@@ -254,6 +250,14 @@ def _offers(
         offers += [_Offer(i, p, True, fewest) for i, p in others]
     offers += [_Offer(i, p, True) for i, p in few if isinstance(p, Keeps) and p.number in numbers]
     return [*offers, _Offer(-1, None, False, exact=True)] if exact else offers
+
+
+def _check_offers(offers: Sequence[_Offer], centres: Sequence[int], max_share: int | None) -> None:
+    if not offers:
+        raise ValueError(
+            f"nothing is offered with centres={tuple(centres)}, max_share={max_share}, exact_heads=False: more of them "
+            "is needed"
+        )
 
 
 def _heads(model: Any) -> tuple[int, int]:

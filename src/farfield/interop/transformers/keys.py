@@ -70,12 +70,10 @@ def keys_of(pyramid: Pyramid, length: int, block: int, bounds: int = 1) -> float
     levels = most if levels is None else min(levels, most)
     if levels == 0:
         return 0.0
-    if not pyramid.open and pyramid.rest == "keep":
+    if not pyramid.open:
         return _plain(length, block, rank, levels)
     if levels > 1:
         raise ValueError(f"the keys of cells opened on {levels} levels are not counted, on levels=1 they are")
-    if not pyramid.open:
-        return 0.0
     cell = block // rank
     page = cell if pyramid.page is None else _integer(pyramid.page, "page")
     per_cell = cell // page

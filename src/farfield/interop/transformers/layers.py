@@ -35,7 +35,7 @@ def group_of(heads: list[int], pyramid: Pyramid) -> dict[str, Any]:
     Raises:
         ValueError: for a pyramid with parameters, which has no place there.
     """
-    without = (pyramid.bias, pyramid.page_bias, pyramid.query_rank)
+    without = (pyramid.bias, pyramid.open_bias, pyramid.query_rank)
     if pyramid.summary != "mean" or any(value is not None for value in without):
         raise ValueError(
             f"{pyramid!r}: summary='mean', bias=None, open_bias=None and query_rank=None would be accepted"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from farfield.interop.transformers.cores import NAME
@@ -20,7 +21,7 @@ class Pretrained(NamedTuple):
     Attributes:
         model: in float32.
         tokenizer: its own.
-        dtype: that its weights were kept in, where float32 holds them without loss; otherwise float32.
+        dtype: float16 or bfloat16 where all weights are kept in it, otherwise float32.
     """
 
     model: Any
@@ -55,5 +56,15 @@ def read(path: str | Path, device: str = "cpu") -> Pretrained:
         model = load(path, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    kept = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float32
-    return Pretrained(model.to(device).eval(), AutoTokenizer.from_pretrained(path), kept)
+    return Pretrained(model.to(device).eval(), AutoTokenizer.from_pretrained(path), _kept_in(path))
+
+
+def _kept_in(folder: Path) -> torch.dtype:
+    """The 16 bits that all weights of a folder are kept in; float32 where they are not."""
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        if file.name == "calibration.safetensors":
+            continue
+        with safe_open(file, framework="pt") as weights:
+            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (it is no dict)
+    return {("F16",): torch.float16, ("BF16",): torch.bfloat16}.get(tuple(found), torch.float32)

@@ -41,11 +41,22 @@ class Held:
     Attributes:
         length: how many.
         hidden: [B, length] which of them are padding; None: none.
+        layers: of the cache.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.hidden: Tensor | None = None
+        self.layers: list[StreamLayer] = []
+
+    def check(self, length: int) -> None:
+        """Raises ValueError where a layer with so many tokens, or another, has missed a call that others took."""
+        lengths = {length, self.length, *(layer.length for layer in self.layers if layer.state is not None)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"layers of this StreamCache hold {' and '.join(map(str, sorted(lengths)))} tokens: a call was refused "
+                "half-way. reset() it and start again"
+            )
 
     def extended(self, mask: Tensor | None) -> Tensor | None:
         """[B, N] what is hidden of held and new columns, None for nothing.
@@ -69,10 +80,10 @@ class Held:
             )
         return hidden
 
-    def pick(self, rows: Tensor) -> None:
+    def pick(self, rows: Tensor | list[int]) -> None:
         """Keeps these rows."""
         if self.hidden is not None:
-            self.hidden = self.hidden[rows.to(self.hidden.device)]
+            self.hidden = _some(self.hidden[torch.as_tensor(rows, device=self.hidden.device)])
 
     def crop(self, length: int) -> None:
         """Keeps so many columns."""
@@ -123,34 +134,30 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         setattr(key_states, _MARK, self)
         return key_states, value_states
 
-    def attend(self, core: ReadyAttention, inputs: Inputs, mask: Tensor | None, itself: bool) -> Tensor:
+    def attend(self, core: ReadyAttention, inputs: Inputs, mask: Tensor | None, holes: bool) -> Tensor:
         """Takes the tokens of `inputs` in and attends from each: `[B, Hq, T, D]`.
 
         Args:
             core: the parts.
             inputs: new queries, keys and values.
             mask: [B, N] of all columns, held and new, True = a token; None for all.
-            itself: whether a token sees by distance alone, so that padding between tokens changes nothing.
+            holes: whether there may be padding between the tokens of a row: where all layers see by distance alone.
 
         Raises:
             ValueError: when the parts have no stream, with the reason; in training; for masks that cannot be honoured.
-                Nothing has changed then.
+                This layer has not changed then.
         """
         new, hidden = inputs.k.shape[2], self.held.hidden
         known = self.held.length == self.length + new and not self.first
-        if not known:
-            if self.held.length != self.length:
-                raise ValueError(
-                    f"a layer of this StreamCache holds {self.length} tokens, others {self.held.length - new}: a call "
-                    "was refused half-way. reset() it and start again"
-                )
+        if not known:  # the first layer of a call: what it says of columns holds for all
+            self.held.check(self.length)
             hidden = self.held.extended(mask)
-        if hidden is not None and not itself and _has_holes(hidden):
-            raise ValueError(
-                "padding between the tokens of a row: it takes places in a prefill and none in a stream, so that "
-                f"near={core.near_spec!r}, far={core.far_spec!r} would see other blocks than without a StreamCache; "
-                "use Transformers' DynamicCache, or 'farfield:dense'"
-            )
+            if hidden is not None and not holes and _has_holes(hidden):
+                raise ValueError(
+                    "padding between the tokens of a row: it takes places in a prefill and none in a stream, so that "
+                    f"near={core.near_spec!r}, far={core.far_spec!r} would see other blocks than without a "
+                    "StreamCache; use Transformers' DynamicCache, or 'farfield:dense'"
+                )
         if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
             raise ValueError("a StreamCache keeps no gradients: train with use_cache=False, decode in torch.no_grad()")
         decoder, state = _decoder(core), self.state
@@ -204,10 +211,11 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         """Takes tokens back, as many as `rewind` allows; negative: so many, and so none for 0."""
         take = -max_length if max_length <= 0 else self.length - max_length
         if take > 0 and self.state is not None:
-            self.state.rewind(take)
+            # Padding has no place in a state.
+            padding = self.held.hidden
+            left = self.length - take
+            self.state.rewind(take if padding is None else [take - n for n in padding[:, left:].sum(1).tolist()])
             self.length -= take
-            if self.first:
-                self.held.crop(self.length)
 
     def offload(self) -> None:
         """Decode states are small: they stay."""
@@ -224,8 +232,8 @@ class StreamCache(Cache):  # type: ignore[misc]
     Memory and time per token are those of the recipe's stream (docs/streaming.md): with fma they grow by one level
     when the context doubles. A step gives what a prefill would. One cache serves one sequence or batch; rows may be
     padded on the left. The mask of later calls has to begin with that of earlier ones, and padding between the tokens
-    of a row is refused (but by exact attention), since it takes places in a prefill and none in a state. Whatever is
-    refused leaves the cache as it was.
+    of a row is refused (but by exact attention and windows), since it takes places in a prefill and none in a state.
+    What the first layer refuses leaves the cache as it was; after a call that a later one has refused, reset() it.
 
     Args:
         model: whose attention is "farfield" or "farfield:<recipe>".
@@ -244,10 +252,14 @@ class StreamCache(Cache):  # type: ignore[misc]
             )
         if rewind < 0:
             raise ValueError(f"StreamCache(rewind={rewind}): a number of tokens >= 0 would be accepted")
-        held = Held()
-        super().__init__(
-            layers=[StreamLayer(config, rewind, held, first=i == 0) for i in range(config.num_hidden_layers)]
-        )
+        self.held = held = Held()
+        held.layers = [StreamLayer(config, rewind, held, first=i == 0) for i in range(config.num_hidden_layers)]
+        super().__init__(layers=list(held.layers))
+
+    def crop(self, max_length: int) -> None:
+        """Takes tokens back, as many as `rewind` allows; negative: so many, and so none for 0."""
+        super().crop(max_length)
+        self.held.crop(self.layers[0].length)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-// The compiled engine, one unit: every part has its Python side beside it under the same name.
+// The compiled engine, one unit: each of these parts has its Python side beside it under the same name.
 
 #include "choice.h"
 #include "expansion.h"
