@@ -148,7 +148,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
                 This layer has not changed then.
         """
         new, hidden = inputs.k.shape[2], self.held.hidden
-        known = self.held.length == self.length + new and not self.first
+        known = self.held.length == self.length + new
         if not known:  # the first layer of a call: what it says of columns holds for all
             self.held.check(self.length)
             hidden = self.held.extended(mask)
