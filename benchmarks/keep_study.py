@@ -1,7 +1,7 @@
 """Keeps the finished runs of studies in one file, prints their tables, and draws them.
 
     python benchmarks/keep_study.py books --add runs/books2k runs/books8k
-    python benchmarks/keep_study.py books600 books8k --plot docs/images/study_steps.png --contexts 2048,4096,8192
+    python benchmarks/keep_study.py wiki --contexts 4096 --plot docs/images/study_steps.png
 
 ``--add`` puts the runs of `farfield study` under one name, in place of what is there. Without it, nothing changes: the
 runs under all the names are one table.

@@ -106,9 +106,9 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, config: Any, rewind: int, held: Held, first: bool) -> None:
+    def __init__(self, config: Any, rewind: int, held: Held) -> None:
         super().__init__()
-        self.config, self.rewind, self.held, self.first = config, rewind, held, first
+        self.config, self.rewind, self.held = config, rewind, held
         self.state: StreamState | None = None
         self.length = 0
 
@@ -199,7 +199,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         """Keeps these rows."""
         if self.state is not None:
             self.state = self.state.reorder(indices)
-        if self.first:
+        if self is self.held.layers[0]:
             self.held.pick(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -253,7 +253,7 @@ class StreamCache(Cache):  # type: ignore[misc]
         if rewind < 0:
             raise ValueError(f"StreamCache(rewind={rewind}): a number of tokens >= 0 would be accepted")
         self.held = held = Held()
-        held.layers = [StreamLayer(config, rewind, held, first=i == 0) for i in range(config.num_hidden_layers)]
+        held.layers = [StreamLayer(config, rewind, held) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=list(held.layers))
 
     def crop(self, max_length: int) -> None:
