@@ -325,3 +325,10 @@ def test_queries_before_are_those_of_causal_sequences() -> None:
     ff.Attention(16, 2, near=ff.near.Blocks(8), far=opened, causal=True)
     with pytest.raises(ValueError, match=r"beam_share=3: a multiple of share=1 that divides the 8 tokens"):
         ff.Attention(16, 2, near=ff.near.Blocks(8), far=ff.far.Pyramid(2, open=2, beam_share=3), causal=True)
+
+
+@pytest.mark.parametrize(("name", "dims"), [("fma", 1), ("fma2d", 2)])
+def test_recipes_hand_the_start_of_opened_tokens_on(name: str, dims: int) -> None:
+    for given, start in (({}, -8.0), ({"open_bias": -3.0}, -3.0)):
+        layer = ff.recipes.build(name, 16, 2, dims=dims, block=4, rank=2, open=2, **given)
+        torch.testing.assert_close(layer.far.opened_bias(), torch.full((2,), start))
